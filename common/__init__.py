@@ -1,0 +1,1 @@
+"""What two or more tasks share: mechanisms, data, engine, reports."""

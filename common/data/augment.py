@@ -1,0 +1,126 @@
+"""Augmentation by name: timm's transforms, each drawn from a generator seeded by (seed, epoch, sample)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torch import Tensor
+
+from common.data.order import Draw
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+ImageTransform = Callable[[Image.Image], Tensor]
+
+
+@dataclass
+class AugmentConfig:
+    """How images are cropped, disturbed and normalised."""
+
+    size: int = 224
+    """Height and width of the network's input, pixels."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Share of the image's area that a random crop may have (training)."""
+    ratio: tuple[float, float] = (0.75, 4 / 3)
+    """Aspect ratios, width over height, that a random crop may have (training)."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip (training)."""
+    color_jitter: float = 0.0
+    """Strength of random brightness, contrast and saturation (training)."""
+    auto: str | None = None
+    """RandAugment or another policy in timm's notation, such as rand-m9-mstd0.5-inc1 (training)."""
+    erasing: float = 0.0
+    """Probability of random erasing, with noise for pixels (training)."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """Resampling, training and test."""
+    crop: float = 0.875
+    """Test: the side of the central crop over the shorter side after resizing."""
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    """Per channel (R, G, B), on the scale 0–1; subtracted."""
+    std: tuple[float, float, float] = IMAGENET_STD
+    """Per channel, on the scale 0–1; divided by."""
+    repeats: int = 1
+    """Repeated augmentation: draws of each sample in a row within an epoch."""
+
+    def __post_init__(self) -> None:
+        for name in ("hflip", "erasing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: expected a probability, 0 to 1")
+        if not 0 < self.crop <= 1:
+            raise ValueError(f"crop = {self.crop}: expected a share of the side, above 0 and at most 1")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale = {self.scale}: expected two shares of the area, 0 < low ≤ high ≤ 1")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio = {self.ratio}: expected two positive aspect ratios, low ≤ high")
+        if self.size < 8:
+            raise ValueError(f"size = {self.size}: expected at least 8 pixels")
+        if self.repeats < 1:
+            raise ValueError(f"repeats = {self.repeats}: expected at least 1")
+
+
+def train_transform(config: AugmentConfig) -> ImageTransform:
+    """PIL image → (3, size, size): uint8, or normalised float32 where erasing needs normalised pixels."""
+    return create_transform(
+        config.size,
+        is_training=True,
+        use_prefetcher=False,
+        scale=config.scale,
+        ratio=config.ratio,
+        hflip=config.hflip,
+        color_jitter=config.color_jitter or None,
+        auto_augment=config.auto,
+        interpolation=config.interpolation,
+        mean=config.mean,
+        std=config.std,
+        re_prob=config.erasing,
+        re_mode="pixel",
+        normalize=config.erasing > 0,
+    )
+
+
+def test_transform(config: AugmentConfig) -> ImageTransform:
+    """PIL image → (3, size, size) uint8: the shorter side to size / crop, then the centre."""
+    return create_transform(
+        config.size,
+        is_training=False,
+        use_prefetcher=False,
+        interpolation=config.interpolation,
+        crop_pct=config.crop,
+        normalize=False,
+    )
+
+
+class Normalize:
+    """uint8 images on their device → float32, (x / 255 − mean) / std; float images pass as they are."""
+
+    def __init__(self, config: AugmentConfig, device: torch.device) -> None:
+        self.mean = 255 * torch.tensor(config.mean, device=device).view(3, 1, 1)
+        self.scale = 1 / (255 * torch.tensor(config.std, device=device).view(3, 1, 1))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if images.dtype != torch.uint8:
+            return images
+        return (images.float() - self.mean) * self.scale
+
+
+@contextmanager
+def seeded(seed: int, draw: Draw) -> Iterator[None]:
+    """Python's, NumPy's and torch's CPU generators as a function of (seed, draw), restored afterwards."""
+    state = np.random.SeedSequence([seed, *draw]).generate_state(2)
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(int(state[0]))
+    np.random.seed(state[0])
+    torch.default_generator.manual_seed(int(state[1]))
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])

@@ -1,0 +1,171 @@
+"""Batches on the device: worker processes decode and augment, the main process only moves tensors."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from common.data.order import Division, Draw, Order, evaluation_batches, micro_batches
+
+FILLER = -1
+"""Target of a row that only fills up an evaluation batch."""
+UNREADABLE = -2
+"""Target of an evaluation sample that cannot be read: it counts as wrong."""
+
+
+class Unreadable(NamedTuple):
+    """A sample that could not be read."""
+
+    where: str
+    reason: str
+    detail: str
+
+
+class Row(NamedTuple):
+    """One sample, ready for a batch."""
+
+    inputs: Tensor
+    target: int
+    unreadable: tuple[Unreadable, ...] = ()
+
+
+@dataclass
+class Batch:
+    """What a step sees, on the device."""
+
+    inputs: Tensor
+    """(n, …) float32."""
+    targets: Tensor
+    """(n,) int64 class indices; in evaluation also FILLER and UNREADABLE."""
+    unreadable: list[Unreadable] = field(default_factory=list)
+    """The samples that could not be read; in training the rows hold their replacements."""
+
+
+class DrawDataset(Protocol):
+    """A data set that makes the row of a draw; the row is a function of the draw alone."""
+
+    def row(self, draw: Draw) -> Row: ...
+
+    def filler(self) -> Row: ...
+
+
+@dataclass
+class LoaderConfig:
+    """How batches are made."""
+
+    workers: int = -1
+    """Processes that decode and augment; 0 does it in the main process, -1 is one per core but one, 8 at most."""
+    prefetch: int = 4
+    """Batches that each worker keeps ready."""
+
+    def __post_init__(self) -> None:
+        if self.workers < -1:
+            raise ValueError(f"workers = {self.workers}: expected -1 (automatic), 0 or more")
+        if self.prefetch < 1:
+            raise ValueError(f"prefetch = {self.prefetch}: expected at least 1")
+
+    @property
+    def processes(self) -> int:
+        """The number of worker processes."""
+        return self.workers if self.workers >= 0 else min(8, max(1, len(os.sched_getaffinity(0)) - 1))
+
+
+class _Rows(Dataset):
+    def __init__(self, data: DrawDataset) -> None:
+        self.data = data
+
+    def __getitem__(self, draw: Draw | None) -> Row:
+        return self.data.filler() if draw is None else self.data.row(draw)
+
+
+def train_batches(
+    data: DrawDataset,
+    order: Order,
+    division: Division,
+    steps: int,
+    config: LoaderConfig,
+    device: torch.device,
+    finish: Callable[[Tensor], Tensor],
+) -> Callable[[int], Iterator[Batch]]:
+    """A function that gives this process's micro-batches from any step on, up to ``steps``.
+
+    One loader serves the whole run: workers live through the epochs, and the step is all there is to resume.
+
+    Args:
+        finish: applied to the inputs on the device (normalisation).
+    """
+
+    def start(step: int) -> Iterator[Batch]:
+        draws = micro_batches(order, division, step, steps)
+        return _batches(data, draws, config, device, finish)
+
+    return start
+
+
+def evaluation_loader(
+    data: DrawDataset,
+    samples: int,
+    batch_size: int,
+    world: int,
+    rank: int,
+    config: LoaderConfig,
+    device: torch.device,
+    finish: Callable[[Tensor], Tensor],
+) -> Callable[[], Iterator[Batch]]:
+    """A function that gives this process's part of the evaluation set: equally many batches on every rank."""
+
+    def start() -> Iterator[Batch]:
+        return _batches(data, evaluation_batches(samples, batch_size, world, rank), config, device, finish)
+
+    return start
+
+
+def _batches(
+    data: DrawDataset,
+    draws: Iterator[Sequence[Draw | None]],
+    config: LoaderConfig,
+    device: torch.device,
+    finish: Callable[[Tensor], Tensor],
+) -> Iterator[Batch]:
+    loader: DataLoader = DataLoader(
+        _Rows(data),
+        batch_sampler=_Plan(draws),  # type: ignore[arg-type]
+        num_workers=config.processes,
+        prefetch_factor=config.prefetch if config.processes else None,
+        collate_fn=_collate,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # its own, so that starting workers draws nothing from the global one
+    )
+    for inputs, targets, unreadable in loader:
+        inputs = inputs.to(device, non_blocking=True)
+        yield Batch(finish(inputs), targets.to(device, non_blocking=True), unreadable)
+
+
+class _Plan:
+    """A batch sampler that is walked once."""
+
+    def __init__(self, draws: Iterator[Sequence[Draw | None]]) -> None:
+        self.draws = draws
+
+    def __iter__(self) -> Iterator[Sequence[Draw | None]]:
+        return self.draws
+
+
+def _collate(rows: list[Row]) -> tuple[Tensor, Tensor, list[Unreadable]]:
+    inputs = torch.stack([row.inputs for row in rows])
+    targets = torch.tensor([row.target for row in rows])
+    return inputs, targets, [bad for row in rows for bad in row.unreadable]
+
+
+def _start_worker(_: int) -> None:
+    """Leave stopping to the main process: it finishes its step, and a dying worker would break that."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,200 @@
+"""Where samples are: the contract that class folders, RecordIO files and WebDataset shards keep alike."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from common.errors import UserError
+
+FORMS = {
+    "folder": "{split}/CLASS/*.jpg",
+    "recordio": "{split}.rec or {split}_0.rec",
+    "webdataset": "{split}-000000.tar",
+}
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
+MAX_SAMPLE_BYTES = (1 << 29) - 1
+"""Encoded images above this are refused; it is also the longest part of a RecordIO record."""
+
+Sample = tuple[str, bytes, int]
+"""What is written: a key, the encoded image, the class index."""
+
+
+class DataError(UserError):
+    """A data set that cannot be used: one line that says where, what is wrong and what would be right."""
+
+
+class BadSample(Exception):
+    """One sample that cannot be used, while the others can.
+
+    Attributes:
+        reason: ``unreadable``, ``truncated``, ``corrupt``, ``bad label``, ``not an image``,
+            ``wrong channels`` or ``too large``.
+        where: the file and the place in it, as :meth:`Source.where` gives it.
+        detail: what was found.
+    """
+
+    def __init__(self, reason: str, where: str, detail: str) -> None:
+        super().__init__(reason, where, detail)
+        self.reason, self.where, self.detail = reason, where, detail
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}: {self.detail}"
+
+
+class Source(Protocol):
+    """The samples of one split, read by index; picklable, and safe after a fork and in threads."""
+
+    classes: tuple[str, ...]
+    """Class names; a label is an index of them."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """The encoded image as it is stored, and its label.
+
+        Raises:
+            BadSample: this sample cannot be read or is damaged.
+        """
+
+    def where(self, index: int) -> str:
+        """The place of the sample, for messages."""
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what tells this data from other data without reading the images: names, order, sizes."""
+
+
+def open_source(path: str | Path, split: str, format: str = "auto") -> Source:
+    """Open one split of the data set in the folder ``path``.
+
+    Args:
+        path: a local folder: PATH/{train,val}/CLASS/*.jpg, PATH/{split}.rec with .idx, or PATH/{split}-*.tar.
+        split: ``train`` or ``val``, or however the files are called.
+        format: ``folder``, ``recordio``, ``webdataset``, or ``auto`` for the one that is there.
+
+    Raises:
+        DataError: nothing is there, it is incomplete, or not in this form.
+    """
+    # Here, because the forms import this module's errors.
+    from common.data.folder import FolderSource
+    from common.data.recordio import RecordioSource
+    from common.data.shards import ShardSource
+
+    root = local_path(path)
+    if not re.fullmatch(r"[\w-]+", split):
+        raise DataError(f"split: {split!r} is not a name such as 'train' or 'val'")
+    if format != "auto" and format not in FORMS:
+        raise DataError(f"format: {format!r} is not one of auto, {', '.join(FORMS)}")
+    try:
+        if not root.is_dir():
+            raise DataError(f"data: {str(root)!r} is not an existing folder")
+        form = _form(root, split, format)
+        openers: dict[str, Callable[[Path, str], Source]] = {
+            "folder": FolderSource,
+            "recordio": RecordioSource,
+            "webdataset": ShardSource,
+        }
+        source = openers[form](root, split)
+    except OSError as error:
+        raise DataError(f"{os.fsdecode(error.filename or root)}: {error.strerror or error}") from None
+    if len(source) == 0:
+        raise DataError(f"{root}: split {split!r} ({form}) holds no samples")
+    return source
+
+
+def _form(root: Path, split: str, format: str) -> str:
+    names = os.listdir(root)
+    patterns = {
+        "recordio": rf"{split}(_\d+)?\.rec",
+        "webdataset": rf"{split}-\d+\.tar",
+    }
+    there = [form for form, pattern in patterns.items() if any(re.fullmatch(pattern, name) for name in names)]
+    if (root / split).is_dir():
+        there.insert(0, "folder")
+    if format in there:
+        return format
+    found = ", ".join(sorted(names)[:8]) + (f", … ({len(names)} in all)" if len(names) > 8 else "")
+    if format == "auto" and len(there) == 1:
+        return there[0]
+    if format == "auto" and there:
+        raise DataError(f"{root}: split {split!r} is there as {' and '.join(there)}; name one as the format")
+    wanted = FORMS.values() if format == "auto" else [FORMS[format]]
+    what = "data" if format == "auto" else f"{format} data"
+    expected = " or ".join(wanted).format(split=split)
+    raise DataError(
+        f"{root}: no {what} of split {split!r}: expected {expected}; there is {found or 'nothing'}"
+    )
+
+
+def local_path(path: str | Path) -> Path:
+    """``path``, refused when it looks like a URL or like webdataset's ``pipe:``, which would run a shell."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", str(path)):
+        raise DataError(f"data: {str(path)!r} is not a local folder; only local folders are read")
+    return Path(path)
+
+
+def read_classes(root: Path) -> tuple[str, ...]:
+    """The class names in ``classes.txt``, one a line."""
+    file = root / "classes.txt"
+    if not file.is_file():
+        raise DataError(f"{file} is missing: one class name a line, in the order of the labels")
+    try:
+        classes = tuple(file.read_text("utf-8").splitlines())
+    except UnicodeDecodeError:
+        raise DataError(f"{file} is not UTF-8 text: expected one class name a line") from None
+    if not classes or len(set(classes)) < len(classes) or not all(name.strip() for name in classes):
+        raise DataError(f"{file}: expected one class name a line, none empty and none twice")
+    return classes
+
+
+def check_key(key: str) -> str:
+    """``key``, if it can be a file's name, a tar member's name and a word of DALI's index."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,90}", key):
+        raise ValueError(f"key {key!r}: expected 1 to 90 ASCII letters, digits, '_' and '-', no dot")
+    return key
+
+
+def check_size(size: int, where: str) -> None:
+    """Raise :class:`BadSample` for an image of absurd size."""
+    if size > MAX_SAMPLE_BYTES:
+        raise BadSample("too large", where, f"{size} bytes, the limit is {MAX_SAMPLE_BYTES}")
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise :class:`DataError` if there is something at ``path``."""
+    if path.exists():
+        raise DataError(f"{path} is there already; write to an empty folder")
+
+
+def digest(*parts: str | bytes | np.ndarray) -> str:
+    """Hex SHA-256 of the parts and of where each ends."""
+    total = hashlib.sha256()
+    for part in parts:
+        data = (
+            part.encode("utf-8", "surrogateescape")
+            if isinstance(part, str)
+            else part.tobytes()
+            if isinstance(part, np.ndarray)
+            else part
+        )
+        total.update(len(data).to_bytes(8, "little"))
+        total.update(data)
+    return total.hexdigest()
+
+
+class Names:
+    """Many short names in two buffers, which worker processes share; a Python object each would be copied."""
+
+    def __init__(self, names: Iterable[bytes]) -> None:
+        names = list(names)
+        self.text = b"".join(names)
+        self.ends = np.cumsum([len(name) for name in names], dtype=np.int64)
+
+    def __getitem__(self, index: int) -> bytes:
+        return self.text[self.ends[index - 1] if index else 0 : self.ends[index]]

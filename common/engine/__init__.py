@@ -1,0 +1,1 @@
+"""Training, evaluation, checkpoints and logs; knows no model and no dataset."""

@@ -1,0 +1,108 @@
+"""Progress for people (a live bar on a terminal, plain lines elsewhere) and for machines (TensorBoard, metrics.jsonl)."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from common.engine.run import Run
+
+
+@dataclass
+class LogConfig:
+    """What is reported, and how often."""
+
+    every: int = 20
+    """Steps between log entries; only they wait for the device."""
+    tensorboard: bool = True
+    """Whether to write TensorBoard event files."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every = {self.every}: expected at least 1")
+
+
+class Log:
+    """The log of a run; silent on all but the main process."""
+
+    def __init__(self, run: Run, config: LogConfig, steps: int, start: int, main: bool) -> None:
+        self.run, self.steps, self.main = run, steps, main
+        self.board = None
+        self.bar: Progress | None = None
+        if not main:
+            return
+        if config.tensorboard:
+            # Entries after the step that we resume from are written again: hide the old ones.
+            self.board = SummaryWriter(
+                str(run.folder / "tensorboard"), purge_step=start + 1 if start else None
+            )
+        console = Console(file=sys.stdout)
+        if console.is_terminal:
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self.bar.start()
+            self.task = self.bar.add_task("training", total=steps, completed=start)
+
+    def train(self, step: int, epoch: float, values: dict[str, float], eta: float) -> None:
+        """Report a training interval; ``eta`` in seconds."""
+        if not self.main:
+            return
+        self._record("train", step, epoch, values)
+        parts = [f"loss {values['loss']:.4f}", f"top1 {values['top1']:.2f}", f"lr {values['lr']:.4g}"]
+        parts += [f"{values['images_per_s']:.0f} images/s ({values['compute_images_per_s']:.0f} compute)"]
+        parts += [f"waiting {values['data_wait']:.0%}", f"{values['memory_gib']:.2f} GiB"]
+        line = f"epoch {epoch:.2f} step {step}/{self.steps} " + " ".join(parts)
+        if self.bar:
+            self.bar.update(self.task, completed=step, description=" ".join(parts[:4]))
+        else:
+            print(f"{line} eta {_clock(eta)}", flush=True)
+
+    def evaluation(self, step: int, epoch: float, values: dict[str, Any]) -> None:
+        """Report an evaluation."""
+        if not self.main:
+            return
+        scalars = {key: value for key, value in values.items() if isinstance(value, (int, float))}
+        self._record("val", step, epoch, scalars)
+        self.say(
+            f"epoch {epoch:.2f} step {step} validation: top1 {values['top1']:.2f} top5 {values['top5']:.2f} "
+            f"loss {values['loss']:.4f} ({values['samples']} samples, {values['unreadable']} unreadable)"
+        )
+
+    def say(self, line: str) -> None:
+        """Print a line on the main process, above the bar."""
+        if self.bar:
+            self.bar.console.print(line, markup=False, highlight=False)
+        elif self.main:
+            print(line, flush=True)
+
+    def close(self) -> None:
+        """Stop the bar and write out the event file."""
+        if self.bar:
+            self.bar.stop()
+        if self.board:
+            self.board.close()
+
+    def _record(self, split: str, step: int, epoch: float, values: dict[str, Any]) -> None:
+        entry = {"split": split, "step": step, "epoch": round(epoch, 6), "time": round(time.time(), 3)}
+        self.run.append("metrics.jsonl", entry | values)
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(f"{split}/{name}", value, step)
+            self.board.flush()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,38 @@
+"""Setting a process up: device, precision, process group, determinism."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from common.engine.config import TrainConfig
+from common.errors import ConfigError
+
+
+def start_accelerator(config: TrainConfig) -> Accelerator:
+    """Make the process ready to build and train a model; seeds torch with ``config.seed``.
+
+    Raises:
+        ConfigError: the precision needs a GPU that is not there.
+    """
+    gpu = torch.cuda.is_available()
+    if config.precision == "fp16" and not gpu:
+        raise ConfigError("train.precision = fp16: needs a GPU; on the CPU use fp32 or bf16")
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not config.deterministic
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
+    torch.manual_seed(config.seed)
+    precision = "no" if config.precision == "fp32" else config.precision
+    return Accelerator(
+        cpu=not gpu, mixed_precision=precision, gradient_accumulation_steps=config.accumulation
+    )
+
+
+def seed_step(seed: int, step: int, micro: int, rank: int) -> None:
+    """Seed dropout and the like as a function of where training stands, so that no generator needs saving."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, micro, rank]).generate_state(1, np.uint64)[0]))

@@ -1,0 +1,125 @@
+"""Batches: the same whatever the number of workers, also from the middle; unreadable samples are named."""
+
+import shutil
+
+import pytest
+import torch
+
+from common.data.augment import AugmentConfig, Normalize
+from common.data.digits import prepare_digits
+from common.data.images import DataConfig, open_images
+from common.data.loader import FILLER, UNREADABLE, evaluation_loader, train_batches
+from common.data.order import Division, Draw, Order
+from common.data.quarantine import Quarantine
+from common.errors import UserError
+
+AUGMENT = AugmentConfig(size=32, auto="rand-m9-mstd0.5-inc1", color_jitter=0.4, erasing=0.5)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    path = tmp_path_factory.mktemp("digits") / "digits"
+    prepare_digits(path, "folder")
+    return path
+
+
+def batches(path, workers, start=0, steps=4, world=1, rank=0, seed=0, augment=AUGMENT):
+    config = DataConfig(path=str(path), workers=workers)
+    data = open_images(config, augment, "train", seed)
+    order, division = Order(len(data.source), seed), Division(16, 1, world, rank)
+    make = train_batches(data, order, division, steps, config, CPU, Normalize(augment, CPU))
+    return list(make(start))
+
+
+def same(a, b):
+    return torch.equal(a.inputs, b.inputs) and torch.equal(a.targets, b.targets)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_change_nothing(digits, workers):
+    assert all(map(same, batches(digits, 0), batches(digits, workers)))
+
+
+def test_the_middle_of_a_run_is_the_same_run(digits):
+    assert all(map(same, batches(digits, 0)[2:], batches(digits, 1, start=2)))
+
+
+def test_processes_see_parts_of_the_same_batches(digits):
+    whole, parts = batches(digits, 0), [batches(digits, 0, world=2, rank=rank) for rank in (0, 1)]
+    for batch, first, second in zip(whole, *parts):
+        assert torch.equal(batch.inputs, torch.cat([first.inputs, second.inputs]))
+
+
+def test_augmentation_depends_on_seed_epoch_and_sample(digits):
+    data = open_images(DataConfig(path=str(digits)), AUGMENT, "train", seed=0)
+    other_seed = open_images(DataConfig(path=str(digits)), AUGMENT, "train", seed=1)
+    image = data.row(Draw(0, 5)).inputs
+    assert torch.equal(image, data.row(Draw(0, 5)).inputs)
+    for different in (data.row(Draw(1, 5)), data.row(Draw(0, 5, copy=1)), other_seed.row(Draw(0, 5))):
+        assert not torch.equal(image, different.inputs)
+
+
+def test_loading_in_the_main_process_leaves_its_generators_alone(digits):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    batches(digits, 0, steps=1)
+    batches(digits, 1, steps=1)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_normalisation_on_the_device_equals_the_transforms_own(digits):
+    plain = AugmentConfig(size=32)
+    on_device = batches(digits, 0, steps=1, augment=plain)[0].inputs
+    tiny = 1e-12  # erasing so rarely never happens, but makes the transform normalise
+    in_transform = batches(digits, 0, steps=1, augment=AugmentConfig(size=32, erasing=tiny))[0].inputs
+    assert on_device.dtype == torch.float32
+    torch.testing.assert_close(on_device, in_transform, atol=1e-5, rtol=0)
+
+
+@pytest.fixture
+def damaged(digits, tmp_path):
+    """The digits with a truncated, an empty and a text file among the JPEGs; their places in the order."""
+    path = tmp_path / "damaged"
+    shutil.copytree(digits, path)
+    source = open_images(DataConfig(path=str(path)), AUGMENT, "train", 0).source
+    for index, content in ((3, None), (4, b""), (9, b"no image at all")):
+        file = next(path.rglob(source.where(index).split("/")[-1]))
+        data = file.read_bytes()[:300] if content is None else content
+        file.unlink()
+        file.write_bytes(data)
+    return path
+
+
+def test_training_replaces_unreadable_samples_by_the_next_and_names_them(damaged):
+    data = open_images(DataConfig(path=str(damaged)), AUGMENT, "train", 0)
+    row = data.row(Draw(0, 3))
+    assert row.target == data.row(Draw(0, 5)).target
+    assert [bad.where for bad in row.unreadable] == [data.source.where(3), data.source.where(4)]
+    assert all(bad.reason for bad in row.unreadable)
+    assert data.row(Draw(0, 2)).unreadable == ()
+
+
+def test_evaluation_keeps_unreadable_samples_as_wrong(damaged):
+    config = DataConfig(path=str(damaged), workers=0)
+    data = open_images(config, AUGMENT, "train", 0)
+    data.training = False
+    make = evaluation_loader(data, 20, 16, 1, 0, config, CPU, Normalize(AUGMENT, CPU))
+    first, second = make()
+    assert [place for place, target in enumerate(first.targets.tolist()) if target == UNREADABLE] == [3, 4, 9]
+    assert len(first.unreadable) == 3
+    assert second.targets.tolist()[4:] == [FILLER] * 12
+
+
+def test_quarantine_lists_each_sample_once_and_stops_above_the_limit(damaged, tmp_path):
+    data = open_images(DataConfig(path=str(damaged)), AUGMENT, "train", 0)
+    bad = [data.row(Draw(0, index)).unreadable for index in (3, 9)]
+    quarantine = Quarantine(tmp_path / "quarantine.jsonl", limit=2)
+    for _ in range(2):
+        quarantine.add(bad[0], training=True)
+    assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 2
+    again = Quarantine(tmp_path / "quarantine.jsonl", limit=2)  # a resumed run
+    again.add(bad[0], training=True)
+    assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 2
+    with pytest.raises(UserError, match=r"3 unreadable training samples.*quarantine\.jsonl"):
+        again.add(bad[1], training=True)

@@ -1,0 +1,219 @@
+"""The loop itself, in one process on made-up data."""
+
+import os
+import signal
+from collections import Counter
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from common.data.loader import Batch, Unreadable
+from common.engine.checkpoint import CheckpointConfig
+from common.engine.config import EngineConfig, TrainConfig
+from common.engine.log import LogConfig
+from common.engine.optim import OptimConfig
+from common.engine.preemption import Stopped
+from common.engine.setup import start_accelerator
+from common.engine.trainer import Data, Trainer
+from common.errors import ConfigError, RunError
+
+SAMPLES, CLASSES = 64, 4
+IMAGES = torch.randn(SAMPLES, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+TARGETS = torch.arange(SAMPLES) % CLASSES
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, CLASSES)
+    )
+
+
+@dataclass
+class Settings:
+    folder: str
+    train: dict = field(default_factory=dict)
+    optim: dict = field(default_factory=dict)
+    on_val: object = lambda batch: None
+    unreadable: tuple = ()
+
+    def trainer(self):
+        train = {"epochs": 2, "batch_size": 8, "eval_batch_size": 16} | self.train
+        config = EngineConfig(
+            out=str(self.folder),
+            train=TrainConfig(**train),
+            optim=OptimConfig(lr=0.05, **self.optim),
+            log=LogConfig(every=4, tensorboard=False),
+            checkpoint=CheckpointConfig(every_minutes=0),
+        )
+        micro = config.train.batch_size // config.train.accumulation
+
+        def training(step):
+            for start in range(step * config.train.batch_size, 10**6, micro):
+                rows = torch.arange(start, start + micro) % SAMPLES
+                yield Batch(IMAGES[rows], TARGETS[rows], list(self.unreadable))
+
+        def validation():
+            for number, start in enumerate(range(0, SAMPLES, 16)):
+                self.on_val(number)
+                yield Batch(IMAGES[start : start + 16], TARGETS[start : start + 16])
+
+        data = Data(SAMPLES, tuple("abcd"), training, validation, "made up", max_unreadable=0.05)
+        return Trainer(config, start_accelerator(config.train), net(), data)
+
+
+class CountSyncs(TorchFunctionMode):
+    """Counts the calls that would make the host wait for a GPU."""
+
+    names = (
+        "item",
+        "tolist",
+        "numpy",
+        "cpu",
+        "__bool__",
+        "__float__",
+        "__int__",
+        "__index__",
+        "nonzero",
+        "equal",
+        "unique",
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if name in self.names:
+            self.counts[name] += 1
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(
+    "train, optim",
+    [
+        ({}, {}),
+        ({"accumulation": 2, "ema": 0.9, "precision": "bf16"}, {"clip_norm": 1.0, "clip_value": 0.1}),
+        # AdamW reads its own step counters, which live on the CPU: on a GPU no sync, as the gpu test shows.
+    ],
+)
+def test_no_host_sync_between_log_steps(tmp_path, train, optim):
+    trainer = Settings(tmp_path / "run", train, optim).trainer()
+    counter = CountSyncs()
+    per_update = []
+    update = trainer.update
+
+    def counted(batches):
+        with counter:
+            update(batches)
+        per_update.append(sum(counter.counts.values()))
+
+    trainer.update = counted
+    trainer.fit()
+    assert per_update == [0] * trainer.steps, counter.counts
+    with counter:
+        trainer.meter.compute()
+    assert counter.counts, "the counter does see what a log step reads"
+
+
+def test_accumulation_gives_the_same_gradients(tmp_path):
+    """On a net without batch norm, micro-batches only divide the sum."""
+    weights = []
+    for name, accumulation in (("whole", 1), ("parts", 4)):
+        settings = Settings(tmp_path / name, {"accumulation": accumulation, "epochs": 1})
+        trainer = settings.trainer()
+        trainer.plain_model[1].eval()
+        trainer.plain_model.train = lambda mode=True: trainer.plain_model
+        trainer.fit()
+        weights.append(trainer.plain_model[0].weight.detach().clone())
+        AcceleratorState._shared_state.clear()
+        GradientState._shared_state.clear()
+    torch.testing.assert_close(*weights)
+
+
+def test_a_stop_during_evaluation_is_heard_and_the_evaluation_made_up_for(tmp_path):
+    def ask(batch):
+        if batch == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    folder = tmp_path / "run"
+    with pytest.raises(Stopped):
+        Settings(folder, on_val=ask).trainer().fit()
+    stopped = Settings(folder).trainer()
+    result = stopped.fit()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "the handlers are given back"
+    undisturbed = Settings(tmp_path / "other").trainer().fit()
+    assert result == undisturbed
+
+
+def test_too_many_unreadable_samples_stop_the_run(tmp_path):
+    bad = tuple(Unreadable(f"file {i}", "truncated", "cut") for i in range(4))  # limit: 0.05 · 64 = 3.2
+    with pytest.raises(RunError, match=r"4 unreadable training samples.*file"):
+        Settings(tmp_path / "bad", unreadable=bad).trainer().fit()
+    assert len((tmp_path / "bad" / "quarantine.jsonl").read_text().splitlines()) == 4
+    Settings(tmp_path / "fine", unreadable=bad[:3]).trainer().fit()
+
+
+def test_an_infinite_weight_is_never_saved(tmp_path):
+    def spoil(batch):
+        with torch.no_grad():
+            trainer.plain_model[0].weight[0, 0, 0, 0] = float("inf")
+
+    trainer = Settings(tmp_path / "run", on_val=spoil).trainer()
+    with pytest.raises(RunError, match="a weight is not finite"):
+        trainer.fit()
+    assert not trainer.run.checkpoints.exists()
+
+
+def test_two_processes_in_one_folder_are_refused(tmp_path):
+    trainer = Settings(tmp_path / "run").trainer()
+    trainer.run.open({}, 1, "cpu")
+    with pytest.raises(ValueError, match="another process is training in this folder"):
+        Settings(tmp_path / "run").trainer().fit()
+
+
+def test_resume_never_refuses_a_folder_with_a_checkpoint(tmp_path):
+    Settings(tmp_path / "run", {"epochs": 1}).trainer().fit()
+    again = Settings(tmp_path / "run", {"epochs": 1}).trainer()
+    again.config.resume = "never"
+    with pytest.raises(ConfigError, match="resume = never"):
+        again.fit()
+
+
+def test_a_batch_larger_than_the_training_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="batch_size = 200"):
+        Settings(tmp_path / "run", {"batch_size": 200}).trainer()
+
+
+def test_gradient_checkpointing_of_a_model_without_it_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="does not offer it"):
+        Settings(tmp_path / "run", {"grad_checkpointing": True}).trainer()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optim", [{"clip_norm": 1.0}, {"name": "adamw"}])
+def test_no_sync_on_a_gpu(tmp_path, optim):
+    trainer = Settings(tmp_path / "run", optim=optim).trainer()
+    update = trainer.update
+
+    def strict(batches):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            update(batches)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    trainer.update = strict
+    trainer.fit()
