@@ -124,7 +124,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _keys(cls: type, prefix: str = "") -> list[str]:
+def _keys(cls: Any, prefix: str = "") -> list[str]:
     keys = []
     for name, kind in typing.get_type_hints(cls).items():
         keys += _keys(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else [f"{prefix}{name}"]

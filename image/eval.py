@@ -4,8 +4,8 @@
     python image/eval.py RUN/checkpoints/STEP      one of its checkpoints
     python image/eval.py FILE --model.name san10_pairwise --data.path DATA     published weights
 
-Prints top-1, top-5, loss and per-class accuracy; writes them as JSON with a picture of the confusion matrix. With a run, all
-settings are those of the run, and options given here override them.
+Prints top-1, top-5, loss and per-class accuracy; writes them as JSON with a picture of the confusion matrix.
+With a run, all settings are those of the run, and options given here override them.
 """
 
 from __future__ import annotations

@@ -16,7 +16,15 @@ ROOT = Path(__file__).parent.parent
 # Small, but with all that must survive a kill: dropout, batch norm, momentum, EMA, mixup, random augmentation.
 SMALL = {
     "model.name": "resnet18_bat",
-    "model.args": '{"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16], "bat_size": 2, "nl_mod": [1, 1, 1000], "drop_rate": 0.2}',
+    "model.args": json.dumps(
+        {
+            "layers": [1] * 4,
+            "channels": [8, 8, 16, 16],
+            "bat_size": 2,
+            "nl_mod": [1, 1, 1000],
+            "drop_rate": 0.2,
+        }
+    ),
     "augment.size": 32,
     "augment.auto": "rand-m5-mstd0.5",
     "mixup.mixup": 0.2,

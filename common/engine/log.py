@@ -1,4 +1,4 @@
-"""Progress for people (a live bar on a terminal, plain lines elsewhere) and for machines (TensorBoard, metrics.jsonl)."""
+"""Progress for people (a live bar on a terminal, else plain lines) and for machines (TensorBoard, metrics.jsonl)."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
             if not any(re.search(pattern, name) for name in names):
                 hint = nearest(pattern, sorted({name.rsplit(".", 1)[0] for name in names}))
                 raise ConfigError(f"optim.{key}: {pattern!r} matches no parameter; {hint}")
-    excluded = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    excluded: set[str] = getattr(model, "no_weight_decay", set)()  # a method of timm's models
     norms = {id(p) for m in model.modules() if _is_norm(m) for p in m.parameters(recurse=False)}
     groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():

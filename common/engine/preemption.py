@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import types
 from enum import IntEnum
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,7 +36,7 @@ class Requests:
 
     def __init__(self) -> None:
         self._wanted = Request.NOTHING
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self._posted: tuple[dist.Work, torch.Tensor] | None = None
         self._previous = {number: signal.getsignal(number) for number in _SIGNALS}
         for number in _SIGNALS:
@@ -53,6 +54,7 @@ class Requests:
         agreed = self._collect()
         wanted, self._wanted = torch.tensor(int(self._wanted)), Request.NOTHING
         work = dist.all_reduce(wanted, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        assert work is not None  # because it is asynchronous
         self._posted = (work, wanted)
         return agreed
 

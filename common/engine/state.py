@@ -20,7 +20,7 @@ from common.weights import load_state
 if TYPE_CHECKING:
     from common.engine.trainer import Trainer
 
-# Settings that change neither what the model sees nor, but for rounding, what it computes: a resumed run may change them.
+# Settings that change neither what the model sees nor, but for rounding, what it computes.
 _FREE = (
     "out",
     "resume",

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -79,6 +79,8 @@ class Trainer:
         self.progress = state.Progress()
         self.evaluation: dict[str, Any] | None = None
         self.meter = TrainMeter(accelerator.device)
+        self.saved: tuple[int, int] | None = None
+        self.saved_at = time.monotonic()
         self._prepare(model)
 
     def fit(self) -> dict[str, Any]:
@@ -304,7 +306,7 @@ def _channels_last(model: nn.Module) -> torch.memory_format:
 
 def _checkpoint_gradients(model: nn.Module) -> None:
     try:
-        model.set_grad_checkpointing(True)
+        cast(Any, model).set_grad_checkpointing(True)
     except (AttributeError, AssertionError, NotImplementedError):
         name = type(model).__name__
         raise ConfigError(f"train.grad_checkpointing = true: {name} does not offer it") from None
