@@ -90,9 +90,9 @@ class RandomReads:
         Raises:
             OSError: the file cannot be opened or read.
         """
-        descriptor = self._opened.get(self.paths[number]).fileno()
+        descriptor = self._opened.get(self.paths[number])
         blocks = []
-        while size > 0 and (block := os.pread(descriptor, size, offset)):
+        while size > 0 and (block := os.pread(descriptor.number, size, offset)):
             blocks.append(block)
             offset += len(block)
             size -= len(block)
@@ -106,18 +106,28 @@ class RandomReads:
         self._opened = _Opened()
 
 
+class _Descriptor:
+    # Closed when the last reference goes, also at the end of a thread.
+    def __init__(self, path: Path) -> None:
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
 class _Opened(threading.local):
     # Of each thread its own, so that none closes a file under another's read.
     def __init__(self) -> None:
-        self.files: OrderedDict[Path, BinaryIO] = OrderedDict()
+        self.descriptors: OrderedDict[Path, _Descriptor] = OrderedDict()
 
-    def get(self, path: Path) -> BinaryIO:
-        if path not in self.files:
-            self.files[path] = open(path, "rb", buffering=0)  # noqa: SIM115 (closed when dropped)
-            if len(self.files) > _OPEN_FILES:
-                self.files.popitem(last=False)[1].close()
-        self.files.move_to_end(path)
-        return self.files[path]
+    def get(self, path: Path) -> _Descriptor:
+        if path not in self.descriptors:
+            self.descriptors[path] = _Descriptor(path)
+            if len(self.descriptors) > _OPEN_FILES:
+                self.descriptors.popitem(last=False)
+        self.descriptors.move_to_end(path)
+        return self.descriptors[path]
 
 
 def _mark(path: Path) -> str:

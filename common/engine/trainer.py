@@ -96,7 +96,7 @@ class Trainer:
         """
         self._resume()
         if self.progress.step < self.steps or self.evaluation_due:
-            self._begin()
+            self.begin()
             try:
                 self.train()
             finally:
@@ -116,7 +116,7 @@ class Trainer:
                 self.evaluate()
             else:
                 self.update(batches)
-                if self.progress.step % self.config.log.every == 0 or self.progress.step == self.steps:
+                if self.log_due:
                     self.report()
             self.save_or_stop_if_asked()
 
@@ -212,6 +212,11 @@ class Trainer:
         return self._epoch_at(self.progress.step)
 
     @property
+    def log_due(self) -> bool:
+        """Whether the last update ends a log interval, or the training."""
+        return self.progress.step % self.config.log.every == 0 or self.progress.step == self.steps
+
+    @property
     def evaluation_due(self) -> bool:
         """Whether an evaluation's turn has come since the last one."""
         step, last, every = self.progress.step, self.progress.evaluated_step, self.config.train.eval_every
@@ -258,7 +263,8 @@ class Trainer:
         state.restore(self, path)
         self.say(f"continuing {path} at step {self.progress.step} of {self.steps}")
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """Open the run's folder and start its clock, log and signal handlers. All ranks call this."""
         main, accelerator = self.accelerator.is_main_process, self.accelerator
         if main:
             self.run.open(self.identity["config"], accelerator.num_processes, str(accelerator.device))

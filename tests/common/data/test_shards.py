@@ -226,6 +226,15 @@ def test_shard_that_changes_under_an_open_source(shards: Path) -> None:
         pickle.loads(pickle.dumps(source)).read(0)
 
 
+def test_index_that_calls_a_sample_by_anothers_name(shards: Path) -> None:
+    idx = shards / "train-000000.idx"
+    first, last = few_digits(12)[0][0], few_digits(12)[-1][0]
+    idx.write_text(idx.read_text().replace(f"{last}.", f"{first}."))
+    source = open_source(shards, "train")
+    with pytest.raises(BadSample, match=rf"does not fit the tar: byte \d+ holds '{last}\.cls' of 1 bytes"):
+        source.read(11)
+
+
 def test_scan_ends_only_at_the_end_of_the_archive(shards: Path) -> None:
     tar = shards / "train-000002.tar"
     data = tar.read_bytes()
