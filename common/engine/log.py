@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from common.engine.run import Run
@@ -44,29 +44,25 @@ class Log:
             )
         console = Console(file=sys.stdout)
         if console.is_terminal:
-            self.bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                console=console,
-            )
+            self.bar = Progress(BarColumn(20), TextColumn("{task.description}"), console=console)
             self.bar.start()
-            self.task = self.bar.add_task("training", total=steps, completed=start)
+            self.task = self.bar.add_task(f"step {start}/{steps}", total=steps, completed=start)
 
     def train(self, step: int, epoch: float, values: dict[str, float], eta: float) -> None:
         """Report a training interval; ``eta`` in seconds."""
         if not self.main:
             return
         self._record("train", step, epoch, values)
-        parts = [f"loss {values['loss']:.4f}", f"top1 {values['top1']:.2f}", f"lr {values['lr']:.4g}"]
-        parts += [f"{values['images_per_s']:.0f} images/s ({values['compute_images_per_s']:.0f} compute)"]
-        parts += [f"waiting {values['data_wait']:.0%}", f"{values['memory_gib']:.2f} GiB"]
-        line = f"epoch {epoch:.2f} step {step}/{self.steps} " + " ".join(parts)
+        line = (
+            f"epoch {epoch:.2f} step {step}/{self.steps} eta {_clock(eta)} "
+            f"loss {values['loss']:.4f} top1 {values['top1']:.2f} lr {values['lr']:.4g} "
+            f"{values['images_per_s']:.0f} images/s ({values['compute_images_per_s']:.0f} compute) "
+            f"waiting {values['data_wait']:.0%} {values['memory_gib']:.2f} GiB"
+        )
         if self.bar:
-            self.bar.update(self.task, completed=step, description=" ".join(parts[:4]))
+            self.bar.update(self.task, completed=step, description=line)
         else:
-            print(f"{line} eta {_clock(eta)}", flush=True)
+            print(line, flush=True)
 
     def evaluation(self, step: int, epoch: float, values: dict[str, Any]) -> None:
         """Report an evaluation."""
