@@ -92,22 +92,27 @@ def interrupt(
 ) -> int:
     """Train until ``step`` is logged, wait ``delay`` seconds more, send a signal; returns the exit code."""
     process = start("image/train.py", **settings(folder, data, **options))
-    deadline = time.monotonic() + 240
-    while last_step(folder) < step:
-        assert process.poll() is None, process.communicate()[1][-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_for_step(folder, step, process)
     time.sleep(delay)
     process.send_signal(number)
     process.communicate(timeout=120)
     return process.returncode
 
 
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+    """Wait until the training ``process`` has logged ``step``; fails the test if it ends before."""
+    deadline = time.monotonic() + 240
+    while last_step(folder) < step:
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
 def metrics(folder: Path, split: str = "train") -> list[dict]:
     """The entries of metrics.jsonl without what depends on the clock."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    timing = ("time", "images_per_s", "compute_images_per_s", "data_wait", "memory_gib")
+    timing = ("time", "samples_per_s", "compute_samples_per_s", "data_wait", "memory_gib")
     entries = [json.loads(line) for line in lines]
     return [{k: v for k, v in e.items() if k not in timing} for e in entries if e["split"] == split]
 

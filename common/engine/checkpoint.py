@@ -131,7 +131,7 @@ def _encode(name: str, value: Any) -> bytes:
     if name.endswith(".safetensors"):
         return save_safetensors({key: _own(tensor) for key, tensor in value.items()})
     if name.endswith(".json"):
-        return json.dumps(value, indent=1).encode()
+        return json.dumps(value).encode()
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()

@@ -29,14 +29,14 @@ class Clock:
         self.waited += time.perf_counter() - begun
 
     def rates(self) -> dict[str, float]:
-        """Images per second in all and in computing alone, the share of waiting, and peak memory (GiB).
+        """Samples per second in all and in computing alone, the share of waiting, and peak memory (GiB).
 
         Meaningful only right after something that waited for the device.
         """
         elapsed, images = time.perf_counter() - self.begun, self.steps * self.batch_size
         return {
-            "images_per_s": images / elapsed,
-            "compute_images_per_s": images / max(elapsed - self.waited, 1e-9),
+            "samples_per_s": images / elapsed,
+            "compute_samples_per_s": images / max(elapsed - self.waited, 1e-9),
             "data_wait": self.waited / elapsed,
             "memory_gib": _peak_memory(self.device) / 2**30,
         }

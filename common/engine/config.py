@@ -24,7 +24,7 @@ class TrainConfig:
     accumulation: int = 1
     """Micro-batches per update on each process."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the forward pass; weights stay float32."""
+    """Arithmetic of the forward pass; weights stay float32. fp16 waits for the device at each step, to scale."""
     seed: int = 0
     """Seed of weights, order, augmentation and dropout."""
     ema: float = 0.0
@@ -39,13 +39,22 @@ class TrainConfig:
     """Bit-equal repetition also on GPUs, at some cost; on the CPU runs repeat anyway."""
     tf32: bool = True
     """TensorFloat-32 matrix products and convolutions on GPUs, where the precision is fp32."""
+    timeout_minutes: float = 10
+    """Longest that a process waits for the others; then the run ends instead of hanging."""
     eval_every: float = 1
     """Epochs between evaluations; the end of training is always evaluated."""
     eval_batch_size: int = 256
     """Samples per batch in evaluation, over all processes."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulation", "eval_every", "eval_batch_size"):
+        for name in (
+            "epochs",
+            "batch_size",
+            "accumulation",
+            "timeout_minutes",
+            "eval_every",
+            "eval_batch_size",
+        ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected more than 0")
         if not 0 <= self.ema < 1:

@@ -56,7 +56,7 @@ class Log:
         line = (
             f"epoch {epoch:.2f} step {step}/{self.steps} eta {_clock(eta)} "
             f"loss {values['loss']:.4f} top1 {values['top1']:.2f} lr {values['lr']:.4g} "
-            f"{values['images_per_s']:.0f} images/s ({values['compute_images_per_s']:.0f} compute) "
+            f"{values['samples_per_s']:.0f} samples/s ({values['compute_samples_per_s']:.0f} compute) "
             f"waiting {values['data_wait']:.0%} {values['memory_gib']:.2f} GiB"
         )
         if self.bar:

@@ -90,7 +90,7 @@ def run_of(path: str | Path) -> Path | None:
 def write_json(path: Path, content: dict[str, Any]) -> Path:
     """Write a JSON file at once; returns its path."""
     with atomic_write(path) as file:
-        file.write(json.dumps(content, indent=1).encode())
+        file.write(json.dumps(content).encode())
     return path
 
 

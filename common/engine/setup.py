@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 
 from common.engine.config import TrainConfig
 from common.errors import ConfigError
@@ -28,8 +29,14 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
     torch.manual_seed(config.seed)
     precision = "no" if config.precision == "fp32" else config.precision
+    group = InitProcessGroupKwargs(
+        backend="nccl" if gpu else "gloo", timeout=timedelta(minutes=config.timeout_minutes)
+    )
     return Accelerator(
-        cpu=not gpu, mixed_precision=precision, gradient_accumulation_steps=config.accumulation
+        cpu=not gpu,
+        mixed_precision=precision,
+        gradient_accumulation_steps=config.accumulation,
+        kwargs_handlers=[group],
     )
 
 

@@ -30,6 +30,7 @@ from common.engine.run import Run, write_json
 from common.engine.schedule import factor
 from common.engine.setup import seed_step
 from common.errors import ConfigError, RunError
+from common.weights import load_weights
 
 
 @dataclass
@@ -77,17 +78,17 @@ class Trainer:
         self.identity = state.identity(config, model, data.fingerprint)
         self.run = Run(config.out)
         self.progress = state.Progress()
-        self.evaluation: dict[str, Any] | None = None
+        self.evaluation: dict[str, float] | None = None
         self.meter = TrainMeter(accelerator.device)
         self.saved: tuple[int, int] | None = None
         self.saved_at = time.monotonic()
         self._prepare(model)
 
-    def fit(self) -> dict[str, Any]:
+    def fit(self) -> dict[str, float]:
         """Train from wherever the run stands to its end. All ranks call this.
 
         Returns:
-            The last evaluation: see :meth:`common.engine.metrics.EvalMeter.compute`.
+            The numbers of the last evaluation; see :meth:`common.engine.metrics.EvalMeter.compute`.
 
         Raises:
             Stopped: a signal asked the run to stop; its state is saved.
@@ -161,9 +162,10 @@ class Trainer:
 
     def evaluate(self) -> None:
         """Evaluate, note the best, and save; comes to no result if a stop is asked for meanwhile."""
-        self._share_buffers()
+        model = self.ema.module if self.ema else self.plain_model
+        _share_buffers(model)
         result = evaluate(
-            self.ema.module if self.ema else self.plain_model,
+            model,
             self.data.val(),
             len(self.data.classes),
             self.accelerator.device,
@@ -173,7 +175,9 @@ class Trainer:
         )
         if result is None:
             return
-        self.evaluation = result | {"classes": self.data.classes, "step": self.progress.step}
+        self.evaluation = {key: value for key, value in result.items() if isinstance(value, (int, float))}
+        if self.accelerator.is_main_process:
+            write_json(self.run.folder / "evaluation.json", result | {"classes": self.data.classes})
         self.progress.evaluated_step = self.progress.step
         if result["top1"] > self.progress.best:
             self.progress.best, self.progress.best_step = result["top1"], self.progress.step
@@ -201,8 +205,6 @@ class Trainer:
             return
         self.saved, self.saved_at = moment, time.monotonic()
         if self.accelerator.is_main_process:
-            if self.evaluation:
-                write_json(self.run.folder / "evaluation.json", self.evaluation)
             checkpoint.save(self.run.checkpoints, self.progress.step, state.capture(self))
             checkpoint.prune(self.run.checkpoints, self.config.checkpoint.keep, self.progress.best_step)
 
@@ -240,6 +242,9 @@ class Trainer:
 
     def _prepare(self, model: nn.Module) -> None:
         train, accelerator = self.config.train, self.accelerator
+        self.checkpoint = checkpoint.newest(self.run.checkpoints)
+        if self.config.weights and not self.checkpoint:
+            self.say(load_weights(model, self.config.weights, self.config.weights_strict))
         if train.channels_last:
             model = model.to(memory_format=_channels_last(model))
         if train.grad_checkpointing:
@@ -255,13 +260,14 @@ class Trainer:
         self.loss_scale = train.accumulation * accelerator.num_processes / train.batch_size
 
     def _resume(self) -> None:
-        path = checkpoint.newest(self.run.checkpoints)
-        if path is None:
+        if self.checkpoint is None:
             return
         if self.config.resume == "never":
-            raise ConfigError(f"resume = never: {path} exists; choose another --out, or --resume auto")
-        state.restore(self, path)
-        self.say(f"continuing {path} at step {self.progress.step} of {self.steps}")
+            raise ConfigError(
+                f"resume = never: {self.checkpoint} exists; choose another --out, or --resume auto"
+            )
+        state.restore(self, self.checkpoint)
+        self.say(f"continuing {self.checkpoint} at step {self.progress.step} of {self.steps}")
 
     def begin(self) -> None:
         """Open the run's folder and start its clock, log and signal handlers. All ranks call this."""
@@ -286,12 +292,6 @@ class Trainer:
         if optim.clip_norm:
             self.accelerator.clip_grad_norm_(self.model.parameters(), optim.clip_norm)
 
-    def _share_buffers(self) -> None:
-        """Give all ranks the main process's batch-norm statistics, as DDP does before its next forward pass."""
-        if dist.is_initialized():
-            for buffer in self.plain_model.buffers():
-                dist.broadcast(buffer, 0)
-
     def _poll(self) -> Request:
         self.asked = max(self.asked, self.requests.poll())
         return self.asked
@@ -303,6 +303,13 @@ class Trainer:
 
     def _epoch_at(self, step: int) -> float:
         return step * self.config.train.batch_size / self.data.samples
+
+
+def _share_buffers(model: nn.Module) -> None:
+    """Give all ranks the main process's batch-norm statistics: those that are saved. All ranks call this."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def _channels_last(model: nn.Module) -> torch.memory_format:

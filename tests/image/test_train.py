@@ -1,13 +1,29 @@
 """Training as users run it: real processes on real JPEG files, killed, stopped, resumed, evaluated."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
 from common.data.digits import prepare_digits
 from common.engine import checkpoint
-from tests.processes import VIT, error_line, interrupt, metrics, run, settings, train
+from tests.processes import (
+    ROOT,
+    VIT,
+    command,
+    error_line,
+    interrupt,
+    metrics,
+    run,
+    settings,
+    start,
+    train,
+    wait_for_step,
+)
 
 pytestmark = pytest.mark.xdist_group("train")  # one worker, so that the runs below are made once
 
@@ -139,6 +155,41 @@ def test_a_diverging_run_stops_with_step_rate_and_last_good_checkpoint(digits, t
     last = checkpoint.newest(tmp_path / "run" / "checkpoints")
     assert f"last good checkpoint: {last}" in line
     assert f"at step {metrics(tmp_path / 'run')[-1]['step'] + 1} " in line, "within one log interval"
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others_and_resume_is_exact(digits, tmp_path):
+    """One of two ranks dies of SIGKILL: the other does not hang, and the run continues as if nothing had happened."""
+    undisturbed, folder = tmp_path / "undisturbed", tmp_path / "killed"
+    train(undisturbed, digits, processes=2)
+    process = start("image/train.py", processes=2, **settings(folder, digits, train__timeout_minutes=1))
+    wait_for_step(folder, 9, process)
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    begun = time.monotonic()
+    os.kill(int(ranks.stdout.split()[1]), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert time.monotonic() - begun < 60
+    assert "SIGKILL" in err, "the launcher names how it died"
+    train(folder, digits, processes=2)
+    assert_same_run(folder, undisturbed)
+
+
+def test_accelerate_launch_trains(digits, tmp_path):
+    """The first command of the README, on a recipe."""
+    arguments = command("image/train.py", **settings(tmp_path / "run", digits, train__epochs=0.2))[1:]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        arguments[0],
+        "--config",
+        "image/recipes/digits.yaml",
+    ]
+    done = subprocess.run([*launch, *arguments[1:]], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "validation accuracy" in done.stdout
+    assert str(tmp_path / "run" / "curves.png") in done.stdout
 
 
 @pytest.mark.parametrize(
