@@ -11,19 +11,31 @@ import difflib
 import re
 import sys
 import typing
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import (
+    ActionConfigFile,
+    ArgumentError,
+    ArgumentParser,
+    DefaultHelpFormatter,
+    Namespace,
+    set_parsing_settings,
+)
 
 from common.errors import ConfigError
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 T = TypeVar("T")
+
+
+class _Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Types and defaults behind each option, and the script's own words with their line breaks."""
 
 
 @dataclass
@@ -59,7 +71,16 @@ def parse(
         ConfigError: one line that names the key, the value, and what would be right.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, description=description or cls.__doc__)
+    usage = (
+        f"%(prog)s {positional.name.upper() if positional else ''} [--config RECIPE.yaml] [--KEY VALUE ...]"
+    )
+    parser = ArgumentParser(
+        exit_on_error=False,
+        allow_abbrev=False,
+        usage=usage,
+        description=description or cls.__doc__,
+        formatter_class=_Help,
+    )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML recipe; later options override it.")
     if positional:
         parser.add_argument(positional.name, nargs="+" if positional.many else None, help=positional.help)
