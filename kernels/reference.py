@@ -1,6 +1,6 @@
 """The self-attention operators as the paper writes them: slow, plain, and the judge of everything faster.
 
-Zhao, Jia, Koltun, "Exploring Self-attention for Image Recognition", CVPR 2020, equations 2 to 4.
+Zhao, Jia, Koltun, "Exploring Self-attention for Image Recognition", CVPR 2020, section 3.
 
 All of them slide a *footprint* of K = kernel_size² positions over a map, enumerated row by row. With
 padding p, stride s and dilation d, footprint position (u, v) of the output pixel (h, w) is the map's pixel

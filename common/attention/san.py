@@ -1,6 +1,6 @@
 """Self-attention modules (SAM), pairwise and patchwise.
 
-Zhao, Jia, Koltun, "Exploring Self-attention for Image Recognition", CVPR 2020, equations 2 to 5.
+Zhao, Jia, Koltun, "Exploring Self-attention for Image Recognition", CVPR 2020, section 3.
 
 Each module has two paths with the same result. ``reference`` is the definition, written with the operators
 of :mod:`kernels.reference`; it holds several tensors with a value per pixel *and* footprint position.
@@ -132,7 +132,7 @@ class SelfAttention(nn.Module):
 class PairwiseAttention(SelfAttention):
     """Pairwise self-attention: the weight of a pixel comes from its and the centre's difference, in value and position.
 
-    Equation 2, with the subtraction relation and position encoding of section 3.1. The weights of a footprint sum to 1.
+    Section 3.1, with the subtraction relation and position encoding. The weights of a footprint sum to 1.
     """
 
     def _build(self, rel_channels: int, weights: int) -> None:
@@ -201,7 +201,7 @@ class PairwiseAttention(SelfAttention):
 class PatchwiseAttention(SelfAttention):
     """Patchwise self-attention: one look at the centre and the whole footprint gives all its weights.
 
-    Equation 4 with the concatenation relation of section 3.2. The weights are not normalised.
+    Section 3.2, with the concatenation relation. The weights are not normalised.
     """
 
     def _build(self, rel_channels: int, weights: int) -> None:

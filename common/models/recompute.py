@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +32,15 @@ def _run(blocks: Sequence[nn.Module], x: Tensor) -> Tensor:
 @contextmanager
 def _kept_statistics(blocks: Sequence[nn.Module]) -> Iterator[None]:
     # Norms must go on getting their statistics: checkpoint compares the number of tensors kept.
-    norms = [m for block in blocks for m in block.modules() if isinstance(m, _NormBase)]
-    own = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    norms = [
+        m for block in blocks for m in block.modules() if isinstance(m, _NormBase) and m.track_running_stats
+    ]
+    before: list[Any] = [(norm.momentum, cast(Tensor, norm.num_batches_tracked).clone()) for norm in norms]
     for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+        norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm, (momentum, count) in zip(norms, own):
-            norm.momentum, norm.num_batches_tracked = momentum, count
+        for norm, (momentum, batches) in zip(norms, before):
+            norm.momentum = momentum
+            cast(Tensor, norm.num_batches_tracked).copy_(batches)

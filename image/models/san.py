@@ -1,12 +1,11 @@
 """SAN: image networks whose only spatial operation is self-attention, and the ResNets they are compared with.
 
-Zhao, Jia, Koltun, "Exploring Self-attention for Image Recognition", CVPR 2020, section 4 and table 2.
+Zhao, Jia, Koltun, "Exploring Self-attention for Image Recognition", CVPR 2020.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,9 +16,9 @@ from timm.models._manipulate import MATCH_PREV_GROUP
 from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from common.attention.san import PairwiseAttention, PatchwiseAttention, SelfAttention
+from common.models.recompute import recomputed
 
 ATTENTION: dict[str, type[SelfAttention]] = {"pairwise": PairwiseAttention, "patchwise": PatchwiseAttention}
 
@@ -111,7 +110,7 @@ class SAN(nn.Module):
             raise ValueError(
                 f"images have shape {tuple(x.shape)}, expected sides of at least {2**self.stages} pixels"
             )
-        run = checkpointed if self.grad_checkpointing and torch.is_grad_enabled() else Block.__call__
+        recompute = self.grad_checkpointing and torch.is_grad_enabled()
         x = self.act_in(self.bn_in(self.conv_in(x)))
         for stage in range(self.stages):
             pool, conv, blocks, norm, act = (
@@ -119,7 +118,7 @@ class SAN(nn.Module):
             )
             x = conv(pool(x))
             for block in blocks:
-                x = run(block, x)
+                x = recomputed((block,), x) if recompute else block(x)
             x = act(norm(x))
         return x
 
@@ -160,30 +159,6 @@ def check_sizes(attention: str, layers: Sequence[int], widths: Sequence[int], ke
             raise ValueError(f"{name} is {tuple(sizes)}, expected at least 1 everywhere")
     if any(width % 32 for width in widths):
         raise ValueError(f"widths is {tuple(widths)}, expected multiples of 32")
-
-
-def checkpointed(block: Block, x: Tensor) -> Tensor:
-    """``block(x)``, computed again in the backward pass; norms count the batch once."""
-    if torch.compiler.is_compiling():
-        return checkpoint(block, x, use_reentrant=False)
-    return checkpoint(
-        block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), frozen_statistics(block))
-    )
-
-
-@contextmanager
-def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Norms in training use the batch's statistics as ever, but leave the running ones alone."""
-    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
-    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, (momentum, batches) in zip(norms, before):
-            norm.momentum = momentum
-            norm.num_batches_tracked.copy_(batches)
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

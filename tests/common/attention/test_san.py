@@ -170,6 +170,14 @@ def test_bfloat16_autocast(kind: type[SelfAttention], path: str) -> None:
         torch.testing.assert_close(after[name], expected_after[name], rtol=0.02, atol=0.0)
 
 
+def test_bfloat16_sums_are_exact() -> None:
+    """49 products of 1 and 1/256: added up in bfloat16 they would stay at 1."""
+    weight, value = torch.ones(1, 1, 49, 1, 1), torch.full((1, 1, 7, 7), 1 / 256)
+    value[0, 0, 0, 0] = 1.0
+    total = san.aggregated(weight.bfloat16(), value.bfloat16(), 7, 1, 1)
+    assert total.item() == torch.tensor(1 + 48 / 256).bfloat16().item()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_weights(kind: type[SelfAttention]) -> None:
     module = made(kind, torch.float32, kernel_size=3).eval()

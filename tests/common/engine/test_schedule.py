@@ -50,3 +50,13 @@ def test_cosine_and_linear_end_at_final():
 def test_bad_values_name_the_field(bad, message):
     with pytest.raises(ValueError, match=message):
         ScheduleConfig(**bad)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"name": "steps", "milestones": [5, 15]}, {"name": "cosine", "final": 0.1}]
+)
+def test_a_run_that_begins_at_an_epoch_goes_the_rest_of_the_whole_schedule(settings):
+    whole = ScheduleConfig(warmup_epochs=3, warmup_from=0.1, **settings)
+    rest = ScheduleConfig(warmup_epochs=3, warmup_from=0.1, begin_epoch=12.0, **settings)
+    for epoch in (0, 2.9, 3, 7.5):
+        assert factor(rest, epoch, 8) == factor(whole, 12 + epoch, 20)
