@@ -140,7 +140,9 @@ class BilinearTransform3d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, T, H, W) → (N, C, T, H, W)."""
-        given = x.shape[2:]
+        # A length of a range is a plain number: torch.compile makes a graph for each size. With sizes as symbols,
+        # which the number of windows does not allow anyway, it takes minutes for one block (torch 2.14).
+        given = [len(range(side)) for side in x.shape[2:]]
         x = resample(x, self._grid(*given))
         o = self.conv1(x)
         y = clips(bilinear_transform(frames(x), *self.matrices(o)), x.shape[2])

@@ -251,7 +251,7 @@ def test_half_precision() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in block.parameters())
 
 
-@pytest.mark.parametrize("size", [(4, 14, 16), (3, 15, 14)])
+@pytest.mark.parametrize("size", [(3, 15, 14), pytest.param((4, 14, 16), marks=pytest.mark.slow)])
 def test_one_graph_and_export_with_any_batch(size: tuple) -> None:
     block = BATBlock3d(16, dropout=0.0, time_groups=4).eval()
     x = torch.randn(2, 16, *size)
