@@ -1,27 +1,44 @@
 """Published, own and foreign weights: read as data, translated, loaded, and every difference named.
 
 Nothing here ever unpickles code: files are read by safetensors or by ``torch.load(weights_only=True)``.
+`python -m common.weights` converts files; see :mod:`common.weights_cli`.
 """
 
 from __future__ import annotations
 
-import pickle
+import argparse
+import re
+import tarfile
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from common.engine.checkpoint import newest
-from common.errors import UserError
+from common.errors import UserError, run_main
 
 StateDict = dict[str, Tensor]
 Layout = Callable[[StateDict], StateDict]
 
 _LAYOUTS: dict[str, Layout] = {}
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
+
+# What training programs put beside the weights: their command line, and accuracies as NumPy's numbers.
+_SCALAR = np.float64(0).__reduce__()[0]
+_PLAIN_DATA: list[Any] = [
+    argparse.Namespace,
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in "fdilq"),
+    *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+]
+_MXNET = bytes.fromhex("1201000000000000")
 
 
 def published_layout(*names: str) -> Callable[[Layout], Layout]:
@@ -77,7 +94,7 @@ def read_state_dict(source: str | Path | Mapping[str, object]) -> StateDict:
             content = inner
             break
     state = {
-        key.removeprefix("module."): value for key, value in content.items() if isinstance(value, Tensor)
+        str(key).removeprefix("module."): value for key, value in content.items() if isinstance(value, Tensor)
     }
     if not state:
         raise WeightsError(
@@ -104,7 +121,7 @@ def load_published(
     """
     state = read_state_dict(source)
     layout = _LAYOUTS.get(architecture(model))
-    if layout is not None:
+    if layout is not None and not _converted(source):
         state = layout(state)
     return load_state(model, state, strict=strict, where=_where(source))
 
@@ -154,6 +171,11 @@ def load_weights(model: nn.Module, path: str | Path, strict: bool = True) -> str
     return f"weights from {path}: " + (str(report) if report else "every key loaded")
 
 
+def translated_models() -> list[str]:
+    """The models whose published layout is registered, because it differs from ours."""
+    return sorted(_LAYOUTS)
+
+
 def architecture(model: nn.Module) -> str:
     """The name under which timm's registry made ``model``, or an empty string."""
     cfg = getattr(model, "pretrained_cfg", None) or {}
@@ -172,21 +194,56 @@ def _read_file(path: Path) -> Mapping[str, object]:
     if not path.is_file():
         raise WeightsError(f"weights: {str(path)!r} does not exist or is not a file")
     try:
+        _refuse_foreign(path)
         if path.suffix == ".safetensors":
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(f"{path}: refused, holds more than plain data ({_first_line(error)})") from None
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_PLAIN_DATA):
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except WeightsError:
+        raise
     except Exception as error:
-        raise WeightsError(f"{path}: not a readable checkpoint ({_first_line(error)})") from None
+        raise WeightsError(f"{path}: {_reason(error)}") from None
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path}: holds a {type(content).__name__}, expected a state dict")
     return content
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def _refuse_foreign(path: Path) -> None:
+    with path.open("rb") as file:
+        if file.read(8) == _MXNET:
+            raise WeightsError(
+                f"{path}: MXNet's .params format is not supported; load it with MXNet and save it as {{name: tensor}} "
+                "with safetensors, under this project's names"
+            )
+    if tarfile.is_tarfile(path):
+        raise WeightsError(
+            f"{path}: a tar archive, the format of PyTorch before 0.1.10, is not supported, since it cannot be read as "
+            "plain data; load it with an old PyTorch and save it again, or unpack it if it only wraps a checkpoint"
+        )
+
+
+def _reason(error: Exception) -> str:
+    if named := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return f"refused, holds more than plain data ({named[1]}); nothing of it was run"
+    line = (str(error).strip().splitlines() or [""])[0].split(". ")[0][:200]
+    return f"damaged, cut short, or not a checkpoint ({type(error).__name__}: {line})"
+
+
+def _converted(source: object) -> bool:
+    """Whether ``python -m common.weights convert`` made this file: its names are ours already."""
+    if not isinstance(source, (str, Path)) or Path(source).suffix != ".safetensors":
+        return False
+    with safe_open(source, "pt") as file:
+        return "model" in (file.metadata() or {})
 
 
 def _where(source: object) -> str:
     return str(source) if isinstance(source, (str, Path)) else "state dict"
+
+
+if __name__ == "__main__":
+    # This file now runs as __main__; models register their layouts in its other copy, common.weights.
+    from common.weights_cli import main
+
+    run_main(main)

@@ -24,8 +24,7 @@ from common.engine.setup import start_accelerator
 from common.engine.trainer import Data, Trainer, total_steps
 from common.errors import run_main
 from common.models.build import ModelConfig, build_model
-from common.report.summary import summarize
-from common.weights import load_weights
+from common.report.summary import Expectation, summarize
 
 DIGITS = Path(__file__).parent / "recipes" / "digits.yaml"
 
@@ -37,6 +36,7 @@ class Config(EngineConfig):
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    expect: Expectation = field(default_factory=Expectation)
 
 
 def main() -> int:
@@ -46,8 +46,6 @@ def main() -> int:
     prepare_default_data(config.data, accelerator)
     data = open_data(config, accelerator)
     model = build_model(config.model, len(data.classes))
-    if config.weights:
-        print(load_weights(model, config.weights, strict=config.weights_strict), flush=True)
     trainer = Trainer(config, accelerator, model, data)
     try:
         evaluation = trainer.fit()
@@ -56,7 +54,7 @@ def main() -> int:
     finally:
         accelerator.end_training()
     if accelerator.is_main_process:
-        print(summarize(trainer.run.folder, evaluation))
+        print(summarize(trainer.run.folder, evaluation, config.expect))
     return 0
 
 
@@ -64,7 +62,7 @@ def open_data(config: Config, accelerator: Accelerator) -> Data:
     """The two splits, in the order and the parts that this process sees."""
     train, device = config.train, accelerator.device
     world, rank = accelerator.num_processes, accelerator.process_index
-    training = open_images(config.data, config.augment, "train", train.seed)
+    training = open_images(config.data, config.augment, "train", train.seed, train.epochs)
     validation = open_images(config.data, config.augment, "val", train.seed)
     order = Order(len(training.source), train.seed, config.augment.repeats)
     division = Division(train.batch_size, train.accumulation, world, rank)

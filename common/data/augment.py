@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -13,7 +14,9 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
 
+from common.data.fbn_augment import Colour, fbn_augment
 from common.data.order import Draw
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -24,6 +27,11 @@ ImageTransform = Callable[[Image.Image], Tensor]
 class AugmentConfig:
     """How images are cropped, disturbed and normalised."""
 
+    kind: Literal["standard", "fbn1", "fbn2", "fbn3"] = "standard"
+    """standard: a random resized crop and all the settings here; fbn1 to fbn3: the levels of FBN's ImageNet training,
+    which have their own ranges and use only size, hflip and mean (training)."""
+    calm_epochs: float = 0
+    """The last so many epochs train at fbn1 (fbn2, fbn3)."""
     size: int = 224
     """Height and width of the network's input, pixels."""
     scale: tuple[float, float] = (0.08, 1.0)
@@ -63,10 +71,18 @@ class AugmentConfig:
             raise ValueError(f"size = {self.size}: expected at least 8 pixels")
         if self.repeats < 1:
             raise ValueError(f"repeats = {self.repeats}: expected at least 1")
+        if self.calm_epochs < 0 or (self.calm_epochs and self.kind in ("standard", "fbn1")):
+            raise ValueError(
+                f"calm_epochs = {self.calm_epochs}: expected 0, or more with kind = fbn2 or fbn3"
+            )
 
 
 def train_transform(config: AugmentConfig) -> ImageTransform:
     """PIL image → (3, size, size): uint8, or normalised float32 where erasing needs normalised pixels."""
+    if config.kind != "standard":
+        red, green, blue = (round(255 * mean) for mean in config.mean)
+        fill = (red, green, blue)
+        return partial(_fbn, level=int(config.kind[-1]), size=config.size, hflip=config.hflip, fill=fill)
     return create_transform(
         config.size,
         is_training=True,
@@ -83,6 +99,11 @@ def train_transform(config: AugmentConfig) -> ImageTransform:
         re_mode="pixel",
         normalize=config.erasing > 0,
     )
+
+
+def calm_transform(config: AugmentConfig) -> ImageTransform | None:
+    """What replaces :func:`train_transform` in the last ``config.calm_epochs`` epochs; None if nothing does."""
+    return train_transform(replace(config, kind="fbn1", calm_epochs=0)) if config.calm_epochs else None
 
 
 def test_transform(config: AugmentConfig) -> ImageTransform:
@@ -107,7 +128,11 @@ class Normalize:
     def __call__(self, images: Tensor) -> Tensor:
         if images.dtype != torch.uint8:
             return images
-        return (images.float() - self.mean) * self.scale
+        return torch.sub(images, self.mean).mul_(self.scale)  # without a float copy of the images
+
+
+def _fbn(image: Image.Image, level: int, size: int, hflip: float, fill: Colour) -> Tensor:
+    return pil_to_tensor(fbn_augment(image, level, size, hflip, fill))
 
 
 @contextmanager

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 import torch
 
-from common.data.augment import AugmentConfig, ImageTransform, seeded, test_transform, train_transform
+from common.data.augment import (
+    AugmentConfig,
+    ImageTransform,
+    calm_transform,
+    seeded,
+    test_transform,
+    train_transform,
+)
 from common.data.decode import decode_rgb
 from common.data.loader import FILLER, UNREADABLE, LoaderConfig, Row, Unreadable
 from common.data.order import Draw
@@ -40,6 +48,8 @@ class ImageSet:
     seed: int
     size: int
     training: bool
+    calm: ImageTransform | None = None
+    calm_from: float = inf
 
     def row(self, draw: Draw) -> Row:
         """The augmented image (3, size, size) and its label.
@@ -58,8 +68,9 @@ class ImageSet:
                 if not self.training:
                     return Row(self.filler().inputs, UNREADABLE, tuple(unreadable))
                 continue
+            transform = self.calm if self.calm and draw.epoch >= self.calm_from else self.transform
             with seeded(self.seed, draw):
-                return Row(self.transform(image), label, tuple(unreadable))
+                return Row(transform(image), label, tuple(unreadable))
         raise RuntimeError("no sample of the data set can be read")
 
     def filler(self) -> Row:
@@ -67,12 +78,19 @@ class ImageSet:
         return Row(torch.zeros(3, self.size, self.size, dtype=torch.uint8), FILLER)
 
 
-def open_images(data: DataConfig, augment: AugmentConfig, split: str, seed: int) -> ImageSet:
+def open_images(
+    data: DataConfig, augment: AugmentConfig, split: str, seed: int, epochs: float = inf
+) -> ImageSet:
     """Open the split ``train`` or ``val`` of the data set at ``data.path``.
+
+    Args:
+        epochs: length of the whole training, whose last ``augment.calm_epochs`` are calmer.
 
     Raises:
         UserError: nothing is there, or not in the form asked for.
     """
-    training = split == "train"
-    transform = train_transform(augment) if training else test_transform(augment)
-    return ImageSet(open_source(data.path, split, data.format), transform, seed, augment.size, training)
+    source, size = open_source(data.path, split, data.format), augment.size
+    if split != "train":
+        return ImageSet(source, test_transform(augment), seed, size, training=False)
+    calm, calm_from = calm_transform(augment), epochs - augment.calm_epochs
+    return ImageSet(source, train_transform(augment), seed, size, True, calm, calm_from)

@@ -27,13 +27,16 @@ class ScheduleConfig:
     """Learning rate at the start of the warm-up, as a share of optim.lr."""
     warmup_shape: Literal["linear", "constant"] = "linear"
     """Whether the warm-up rises, or stays at `warmup_from` until its end."""
+    begin_epoch: float = 0.0
+    """Epoch of the schedule at which this run begins, to train on from `weights` of that epoch; its end comes
+    train.epochs later."""
 
     def __post_init__(self) -> None:
         if self.name == "steps" and not self.milestones:
             raise ValueError("milestones = []: expected at least one epoch for name = steps")
         if self.milestones != sorted(self.milestones):
             raise ValueError(f"milestones = {self.milestones}: expected epochs in rising order")
-        for name in ("warmup_epochs", "warmup_from", "final", "gamma"):
+        for name in ("warmup_epochs", "warmup_from", "begin_epoch", "final", "gamma"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: expected 0 or more")
 
@@ -45,6 +48,7 @@ def factor(config: ScheduleConfig, epoch: float, epochs: float) -> float:
         epoch: progress, in epochs seen so far (fractional within an epoch).
         epochs: length of the whole training.
     """
+    epoch, epochs = epoch + config.begin_epoch, epochs + config.begin_epoch
     if epoch < config.warmup_epochs:
         rise = epoch / config.warmup_epochs if config.warmup_shape == "linear" else 0.0
         return config.warmup_from + (1 - config.warmup_from) * rise

@@ -36,7 +36,8 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         cpu=not gpu,
         mixed_precision=precision,
         gradient_accumulation_steps=config.accumulation,
-        kwargs_handlers=[group],
+        # accelerate takes a backend as a sign of a process group, which a process alone has not.
+        kwargs_handlers=[group] if "LOCAL_RANK" in os.environ else [],
     )
 
 

@@ -14,6 +14,7 @@ from common.engine import checkpoint
 from common.engine.optim import build_optimizer
 from common.engine.schedule import factor
 from common.models.build import build_model
+from common.report.summary import Expectation, summarize
 from image.train import Config
 from tests.recipes import OVERRIDES, parsed, two_steps
 
@@ -180,6 +181,18 @@ def test_two_steps_of_a_small_version(tmp_path, name):
     config.model.args |= arguments
     trainer = two_steps(config, classes=6, shape=(3, side, side))
     assert (trainer.ema is not None) == name.startswith(("deit", "mixer", "gmlp"))
+
+
+def test_a_run_ends_with_the_published_accuracy_beside_its_own(tmp_path):
+    config = recipe("resnet50_bat", *OVERRIDES, f"--out={tmp_path / 'run'}")
+    config.model.args |= SMALL["resnet50_bat"][1]
+    trainer = two_steps(config, classes=2, shape=(3, 32, 32))
+    lines = summarize(trainer.run.folder, trainer.evaluation, config.expect).splitlines()
+    assert lines[1] == "  published    top-1 78.3 % (on recompressed images, lower on original JPEG files)"
+    without = summarize(trainer.run.folder, trainer.evaluation, Expectation()).splitlines()
+    assert without == [lines[0], *lines[2:]]
+    config.expect.top1 = None  # may change without making it another run
+    assert two_steps(config, classes=2, shape=(3, 32, 32)).progress.step == 2
 
 
 @pytest.mark.slow
