@@ -5,15 +5,16 @@ BIN := .venv/bin
 READY := .venv/.ready
 TESTS ?= tests
 # Two processes of one thread each: what the smallest machine has.
-PYTEST := env OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+PYTEST := env OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup
 
-.PHONY: help setup demo test test-slow check format clean
+.PHONY: help setup demo test test-slow test-slurm check format clean
 
 help:
 	@echo 'make setup      make the environment in .venv'
 	@echo 'make demo       train and evaluate a small network on real handwritten digits (minutes on two cores)'
 	@echo 'make test       run the tests (at most 15 minutes)'
 	@echo 'make test-slow  run the tests that take longer (at most 45 minutes)'
+	@echo 'make test-slurm run the SLURM launchers on a real two-node SLURM on this machine (at most 10 minutes)'
 	@echo 'make check      lint, format, types and tests'
 	@echo 'make format     mend what lint and format can mend'
 	@echo 'make clean      remove .venv, data and runs'
@@ -40,6 +41,14 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(PYTEST) -m 'slow and not gpu and not slurm' $(TESTS)
+	$(MAKE) test-slurm
+
+# One process: there is one cluster. Without the packages each test is skipped and says why.
+test-slurm: $(READY)
+	@command -v slurmctld >/dev/null || \
+		{ apt-get update && apt-get install -y --no-install-recommends slurm-wlm munge slurm-wlm-basic-plugins; } >/dev/null 2>&1 || \
+		echo 'SLURM is not installed and apt-get could not install it: its tests are skipped'
+	env OMP_NUM_THREADS=1 $(BIN)/pytest -m slurm tests/slurm
 
 check: $(READY)
 	$(BIN)/ruff check .
