@@ -34,7 +34,6 @@ demo: $(READY)
 	@$(BIN)/python image/prepare.py digits data/digits
 	@PATH="$(CURDIR)/$(BIN):$$PATH" accelerate launch image/train.py
 	@$(BIN)/python image/eval.py runs/digits
-	@$(BIN)/python -m common.report runs/digits
 
 test: $(READY)
 	$(PYTEST) $(TESTS)
