@@ -37,8 +37,11 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
         )
     try:
         model = timm.create_model(config.name, num_classes=num_classes, **config.args)
-        for mechanism, arguments in config.attach.items():
-            model = attach(model, mechanism, **arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model.args of {config.name}: {error}") from None
+    for mechanism, arguments in config.attach.items():
+        try:
+            model = attach(model, mechanism, **arguments)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"model.attach.{mechanism} on {config.name}: {error}") from None
     return model
