@@ -1,0 +1,51 @@
+"""Every model of the tables runs as users run models: sizes, precisions, formats, one graph, export, no classifier."""
+
+import copy
+
+import pytest
+import timm
+import torch
+
+import cifar.models
+import image.models  # noqa: F401  (registers the models)
+from common.models.table import read_rows
+
+NAMES = sorted(
+    {row.model for row in read_rows() if row.recipe.startswith(("image", "cifar")) or not row.recipe}
+)
+FIXED = ("deit", "mixer", "gmlp")  # their weights have the grid's shape
+
+
+def sizes(model):
+    side = model.pretrained_cfg["input_size"][-1]
+    if side == 32:
+        return [(32, 32), (40, 48)]
+    return (
+        [(side, side)] if model.pretrained_cfg["architecture"].startswith(FIXED) else [(128, 160), (192, 192)]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_runs_as_users_run_it(name):
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    model = timm.create_model(name, num_classes=7).eval()
+    inputs = [torch.randn(1, 3, *size) for size in sizes(model)]
+    with torch.no_grad():
+        logits = [model(x) for x in inputs]
+        assert all(y.shape == (1, 7) and y.isfinite().all() for y in logits)
+        with torch.autocast("cpu", torch.bfloat16):
+            x = inputs[0].contiguous(memory_format=torch.channels_last)
+            half = copy.deepcopy(model).to(memory_format=torch.channels_last)(x).float()
+        assert half.shape == (1, 7)
+        assert half.isfinite().all()
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(inputs[0]), logits[0], atol=1e-4, rtol=1e-4)
+        exported = torch.export.export(model, (inputs[0],)).module()
+        torch.testing.assert_close(exported(inputs[0]), logits[0], atol=1e-4, rtol=1e-4)
+        model.reset_classifier(0)
+        assert model(inputs[0]).shape == (
+            1,
+            timm.create_model(name, num_classes=0).eval()(inputs[0]).shape[1],
+        )
