@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-import cifar.models
+import cifar.models  # noqa: F401
 import image.models  # noqa: F401  (registers the models)
 from common.models.table import read_rows
 

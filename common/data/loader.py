@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -163,6 +165,14 @@ def _collate(rows: list[Row]) -> tuple[Tensor, Tensor, list[Unreadable]]:
     inputs = torch.stack([row.inputs for row in rows])
     targets = torch.tensor([row.target for row in rows])
     return inputs, targets, [bad for row in rows for bad in row.unreadable]
+
+
+@atexit.register
+def _end_workers() -> None:
+    """End what is left of the workers: Python would send them SIGTERM, which they ignore, and wait for ever."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _start_worker(_: int) -> None:

@@ -194,6 +194,7 @@ class Trainer:
         if asked or (every and self.progress.step % every == 0):
             self.save()
         if asked is Request.STOP:
+            self.accelerator.wait_for_everyone()  # a launcher may end the others as soon as one process has left
             self.say(f"stopped at step {self.progress.step} of {self.steps}; the same command continues it")
             raise Stopped
         self.asked = Request.NOTHING

@@ -1,6 +1,9 @@
 """Batches: the same whatever the number of workers, also from the middle; unreadable samples are named."""
 
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,6 +92,27 @@ def damaged(digits, tmp_path):
         file.unlink()
         file.write_bytes(data)
     return path
+
+
+EXIT = """
+import sys
+from pathlib import Path
+from tests.common.data.test_loader import *
+
+config = DataConfig(path=sys.argv[1], workers=2)
+data = open_images(config, AUGMENT, "train", 0)
+make = train_batches(data, Order(len(data.source), 0), Division(16), 1000, config, CPU, Normalize(AUGMENT, CPU))
+batches = make(0)
+next(batches)
+raise RuntimeError("in the middle")
+"""
+
+
+def test_an_exception_ends_the_workers_too(digits):
+    """They ignore SIGTERM, by which Python would end them."""
+    command = [sys.executable, "-c", EXIT, str(digits)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[3])
+    assert "in the middle" in done.stderr
 
 
 def test_training_replaces_unreadable_samples_by_the_next_and_names_them(damaged):
