@@ -1,4 +1,4 @@
-"""A real SLURM cluster of two nodes on this machine: munged, slurmctld, and a slurmd a node in namespaces of its own."""
+"""A real SLURM cluster of two nodes on this machine: munged, slurmctld, a slurmd a node in its own namespaces."""
 
 from __future__ import annotations
 
@@ -76,9 +76,7 @@ class Cluster:
 
     def start_node(self, node: str) -> None:
         """A slurmd with its own host name and processes: ending it is a node's power failure."""
-        script = (
-            f"hostname {node} && mount --bind {self.folder}/hosts /etc/hosts && exec slurmd -D -N {node}"
-        )
+        script = f"hostname {node} && mount --bind {self.folder}/hosts /etc/hosts && exec slurmd -D -N {node}"
         namespaces = ("--uts", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
         self._start(node, "unshare", *namespaces, "sh", "-c", script)
 
@@ -161,7 +159,12 @@ class Cluster:
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
-        files = {"socket": "munge.socket", "pid-file": "munge.pid", "log-file": "munge.log", "seed-file": "munge.seed"}
+        files = {
+            "socket": "munge.socket",
+            "pid-file": "munge.pid",
+            "log-file": "munge.log",
+            "seed-file": "munge.seed",
+        }
         options = [f"--{option}={self.folder / name}" for option, name in files.items()]
         self._start("munged", "munged", "--foreground", "--force", f"--key-file={key}", *options)
         self.wait_for_socket()
@@ -187,7 +190,9 @@ def missing() -> str | None:
         return f"{', '.join(programs)} not installed: apt-get install slurm-wlm munge slurm-wlm-basic-plugins"
     if os.geteuid() != 0:
         return "a cluster on one machine needs root"
-    done = subprocess.run(["unshare", "--uts", "--mount", "--pid", "--fork", "true"], capture_output=True, text=True)
+    done = subprocess.run(
+        ["unshare", "--uts", "--mount", "--pid", "--fork", "true"], capture_output=True, text=True
+    )
     return f"this machine allows no namespaces: {done.stderr.strip()}" if done.returncode else None
 
 

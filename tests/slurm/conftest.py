@@ -42,12 +42,22 @@ class Jobs:
         self.environment = {"DATA": str(data), "PROCESSES": "1", "MODULES": "", "CONTAINER": "", "VENV": ""}
         self.submitted: list[str] = []
 
-    def submit(self, name: str, *sbatch: str, options: dict[str, object] | None = None, **environment: str) -> str:
+    def submit(
+        self, name: str, *sbatch: str, options: dict[str, object] | None = None, **environment: str
+    ) -> str:
         """Submit a run with ``--nodes=2`` unless told otherwise, into the folder ``name``."""
         words = [f"--{key}={value}" for key, value in (OPTIONS | (options or {})).items()]
         environment = self.environment | {"OUT": str(self.folder / name)} | environment
         sbatch = sbatch or ("--nodes=2",)
         self.submitted.append(self.cluster.sbatch(*sbatch, LAUNCHER, *words, **environment))
+        return self.submitted[-1]
+
+    def evaluate(self, name: str) -> str:
+        """Submit the evaluation of a run on two nodes."""
+        environment = self.environment | {"RUNS": str(self.folder)}
+        self.submitted.append(
+            self.cluster.sbatch("--nodes=2", "slurm/eval_imagenet.sh", self.folder / name, **environment)
+        )
         return self.submitted[-1]
 
     def reach(self, job: str, name: str, step: int) -> None:

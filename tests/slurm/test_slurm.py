@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import signal
-import subprocess
+from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.processes import ROOT, last_step, metrics
+from tests.processes import last_step, metrics
 from tests.slurm.conftest import LAUNCHER
 
 pytestmark = [pytest.mark.slurm, pytest.mark.xdist_group("slurm")]
@@ -32,7 +34,9 @@ def assert_continued(output, *, by):
     assert steps[0] > 0
 
 
-def test_two_nodes_train_as_two_processes_do_and_a_finished_run_is_left_alone(cluster, jobs, reference, tmp_path):
+def test_two_nodes_train_as_two_processes_do_and_a_finished_run_is_left_alone(
+    cluster, jobs, reference, tmp_path
+):
     job = jobs.submit("run")
     assert cluster.finish(job) == "COMPLETED", cluster.output(job)
     assert_same_run(tmp_path / "run", reference)
@@ -89,6 +93,29 @@ def test_a_dead_node_costs_only_the_steps_since_the_last_checkpoint(cluster, job
     assert_same_run(tmp_path / "run", reference)
 
 
+def test_a_killed_rank_ends_the_others_and_the_job_requeues_itself(cluster, jobs, reference, tmp_path):
+    job = jobs.submit("run")
+    jobs.reach(job, "run", 6)
+    os.kill(process_of_rank(1, tmp_path / "run"), signal.SIGKILL)
+    assert cluster.finish(job) == "COMPLETED", cluster.output(job)
+    assert cluster.show(job)["Restarts"] == "1"
+    assert "on node2, the ranks with: 137; see" in cluster.output(job)
+    assert_continued(cluster.output(job), by="ended with code 1; requeueing")
+    assert_same_run(tmp_path / "run", reference)
+
+
+def process_of_rank(rank, folder):
+    """The training process of a rank that is not another's child, as its data workers are."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            command = (path / "cmdline").read_bytes().split(b"\0")
+            python = command[0].endswith(b"python") and f"--out={folder}".encode() in command
+            if python and f"RANK={rank}".encode() in (path / "environ").read_bytes().split(b"\0"):
+                found.append(int(path.name))
+    return min(found)
+
+
 def test_the_time_limit_requeues_and_scancel_does_not(cluster, jobs, tmp_path):
     endless = {"train.epochs": 10_000, "train.eval_every": 10_000} | ONLY_WHEN_STOPPED
     job = jobs.submit("run", "--time=1", "--signal=B:USR1@25", options=endless, PROCESSES="2")
@@ -101,6 +128,17 @@ def test_the_time_limit_requeues_and_scancel_does_not(cluster, jobs, tmp_path):
     cluster.wait(lambda: cluster.node_states() == {"idle"}, 60, "idle nodes")
     assert cluster.state(job) == "CANCELLED"
     assert cluster.show(job)["Restarts"] == "1"
+
+
+def test_a_run_is_evaluated_on_two_nodes(cluster, jobs, tmp_path):
+    job = jobs.submit("run", "--nodes=1", options={"train.epochs": 0.3})
+    assert cluster.finish(job) == "COMPLETED", cluster.output(job)
+    evaluation = jobs.evaluate("run")
+    assert cluster.finish(evaluation) == "COMPLETED", cluster.output(evaluation)
+    found = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert found["top1"] == metrics(tmp_path / "run", "val")[-1]["top1"]
+    assert found["samples"] == 355
+    assert "2 nodes × 1 processes" in cluster.output(evaluation)
 
 
 def test_an_array_trains_a_seed_a_task_and_requeues_each_alone(cluster, jobs, tmp_path):
@@ -143,35 +181,3 @@ def test_a_crash_loop_ends(cluster, jobs):
     assert cluster.show(job)["Restarts"] == "2"
     assert cluster.output(job).count("ended with code 1; requeueing") == 2
     assert "error: 1 restarts without a new checkpoint" in cluster.output(job)
-
-
-def call(launcher, *arguments, **environment):
-    """Call a launcher outside of any job, where sbatch is a program that fails."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))}
-    settings = {"MODULES": "", "CONTAINER": "", "VENV": "", "DATA": str(ROOT)} | environment
-    return subprocess.run(
-        ["bash", launcher, *arguments], cwd="/", env=kept | settings, capture_output=True, text=True, timeout=60
-    )
-
-
-@pytest.mark.parametrize(
-    "launcher, arguments, environment, expected",
-    [
-        ("imagenet_resnet50_bat", [], {"DATA": "/no/where"}, "/no/where (DATA or IMAGENET) does not exist"),
-        ("imagenet_resnet50_bat", [], {"DATA": ""}, "set DATA, or IMAGENET in slurm/site.env"),
-        ("cifar_fbn", ["resnet164_fbn_cifar10"], {"DATA": ""}, "set DATA, or CIFAR10 in slurm/site.env"),
-        ("imagenet_resnet50_bat", [], {"VENV": "/no/venv"}, "/no/venv/bin/python does not exist"),
-        ("imagenet_resnet50_bat", [], {"MODULES": "cuda"}, "there is no module command"),
-        ("imagenet_resnet50_bat", [], {"CONTAINER": "apptainr exec"}, "there is no command apptainr"),
-        ("imagenet_resnet50_bat", ["--out=x"], {}, "--out: name the run's folder by OUT"),
-        ("imagenet_noah", [], {}, "MODEL is missing; recipes: "),
-        ("imagenet_noah", ["resnet50_noha"], {}, "image/recipes/resnet50_noha.yaml does not exist; recipes: "),
-        ("eval_imagenet", ["/no/run"], {}, "/no/run does not exist"),
-    ],
-)
-def test_a_mistake_is_found_before_anything_is_submitted(launcher, arguments, environment, expected):
-    done = call(ROOT / "slurm" / f"{launcher}.sh", *arguments, **environment)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: ")
-    assert expected in done.stderr
-    assert done.stderr.count("\n") == 1

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# An FBN network on ImageNet; MODEL is a recipe in image/recipes, such as resnet50_fbn.
+#   sbatch slurm/imagenet_fbn.sh MODEL [--key value …]
+#SBATCH --job-name=imagenet_fbn
+#SBATCH --nodes=1 --ntasks-per-node=1 --gres=gpu:8 --cpus-per-task=64 --time=24:00:00
+#SBATCH --signal=B:USR1@120 --requeue --open-mode=append
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}" || exit 2
+[ -f slurm/launch.sh ] || { echo "error: $PWD is not the repository: submit from its root" >&2 && exit 2; }
+# shellcheck source=slurm/launch.sh
+source slurm/launch.sh
+launch_train image "${1:-}" "${@:2}"
