@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import re
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -56,6 +57,13 @@ def decode_rgb(data: bytes, where: str, min_side: int | None = None) -> Image.Im
         detail = " ".join(str(error).split()) or type(error).__name__
         cut = isinstance(error, EOFError) or "truncated" in detail.lower()
         raise BadSample("truncated" if cut else "unreadable", where, detail) from None
+
+
+def check_signature(data: bytes, where: str) -> None:
+    """Raise :class:`BadSample` for bytes that do not begin like an image; nothing is decoded."""
+    if not data.startswith(_SIGNATURES) and not re.match(rb"P[1-6]\s", data):
+        reason = "not an image" if data else "truncated"
+        raise BadSample(reason, where, f"{len(data)} bytes that begin with {data[:8]!r}")
 
 
 def _turn_upright(image: Image.Image) -> None:

@@ -30,10 +30,18 @@ Track = Callable[[Iterable[Sample], str], Iterable[Sample]]
 
 
 def digits_samples(split: str) -> Iterator[Sample]:
-    """The digits of a split as (key, JPEG, label); every fifth of each class is in ``val``.
+    """The digits of a split as (key, JPEG, label), 64×64 RGB, saved at quality 90; see :func:`digits_images`."""
+    for key, image, label in digits_images(split, 64):
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=90)
+        yield key, file.getvalue(), label
 
-    The 8×8 images with values 0–16 are scaled to 0–255, enlarged to 64×64 RGB (bicubic) and saved at quality
-    90. A key is the image's number in scikit-learn's order, in which classes alternate.
+
+def digits_images(split: str, size: int) -> Iterator[tuple[str, Image.Image, int]]:
+    """The digits of a split as (key, RGB image, label); every fifth of each class is in ``val``.
+
+    The 8×8 images with values 0–16 are scaled to 0–255 and enlarged to ``size`` × ``size`` (bicubic). A key is the
+    image's number in scikit-learn's order, in which classes alternate.
     """
     from sklearn.datasets import load_digits  # half a second, only here
 
@@ -44,7 +52,9 @@ def digits_samples(split: str) -> Iterator[Sample]:
     for number, (image, label) in enumerate(zip(digits.images, digits.target.tolist())):
         seen[label] += 1
         if (seen[label] % 5 == 0) == (split == "val"):
-            yield f"{number:04d}", _jpeg(image), label
+            grey = Image.fromarray(np.rint(image * (255 / 16)).astype(np.uint8))
+            large = grey.resize((size, size), Image.Resampling.BICUBIC)
+            yield f"{number:04d}", large.convert("RGB"), label
 
 
 def prepare_digits(out: str | Path, form: str, force: bool = False, track: Track | None = None) -> bool:
@@ -114,10 +124,3 @@ def _check_free(out: Path, there: str | None, force: bool) -> None:
         raise DataError(
             f"{out} is not empty and does not hold the whole digits; remove it or name another folder"
         )
-
-
-def _jpeg(image: np.ndarray) -> bytes:
-    grey = Image.fromarray(np.rint(image * (255 / 16)).astype(np.uint8))
-    file = io.BytesIO()
-    grey.resize((64, 64), Image.Resampling.BICUBIC).convert("RGB").save(file, "JPEG", quality=90)
-    return file.getvalue()

@@ -49,10 +49,12 @@ class FolderSource:
 
     def read(self, index: int) -> tuple[bytes, int]:
         """The bytes of the file, and its class."""
-        where, path = self.where(index), self._path(index)
+        where = self.where(index)
         try:
             # A pipe that is called .jpg must not block the reader.
-            with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            with open(
+                os.open(f"{self.root}/{where}", os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0
+            ) as file:
                 status = os.fstat(file.fileno())
                 if not stat.S_ISREG(status.st_mode):
                     raise BadSample("unreadable", where, "not a regular file")
@@ -65,16 +67,17 @@ class FolderSource:
         """``class/name``."""
         return f"{self.classes[self._labels[index]]}/{os.fsdecode(self._names[index])}"
 
+    def name(self, index: int) -> str:
+        """The file's name without its ending."""
+        return os.fsdecode(self._names[index]).rpartition(".")[0]
+
     def fingerprint(self) -> str:
         """Of classes, names and order, and the sizes of a thousand files."""
         some = np.unique(np.linspace(0, len(self) - 1, 1000).astype(np.int64))
-        sizes = np.array([_size(self._path(index)) for index in some], dtype=np.int64)
+        sizes = np.array([_size(self.root / self.where(index)) for index in some], dtype=np.int64)
         return digest(
             "folder", "\n".join(self.classes), self._labels, self._names.text, self._names.ends, sizes
         )
-
-    def _path(self, index: int) -> Path:
-        return self.root / self.where(index)
 
 
 def write_folder(root: Path, split: str, samples: Iterable[Sample], classes: Sequence[str]) -> None:

@@ -66,6 +66,9 @@ class Source(Protocol):
     def where(self, index: int) -> str:
         """The place of the sample, for messages."""
 
+    def name(self, index: int) -> str:
+        """What the sample is called, without class and ending; not always unique."""
+
     def fingerprint(self) -> str:
         """SHA-256 of what tells this data from other data without reading the images: names, order, sizes."""
 
@@ -94,7 +97,7 @@ def open_source(path: str | Path, split: str, format: str = "auto") -> Source:
     try:
         if not root.is_dir():
             raise DataError(f"data: {str(root)!r} is not an existing folder")
-        form = _form(root, split, format)
+        form = find_form(root, split, format)
         openers: dict[str, Callable[[Path, str], Source]] = {
             "folder": FolderSource,
             "recordio": RecordioSource,
@@ -108,15 +111,21 @@ def open_source(path: str | Path, split: str, format: str = "auto") -> Source:
     return source
 
 
-def _form(root: Path, split: str, format: str) -> str:
+def forms_there(root: Path, split: str) -> list[str]:
+    """The forms in which the folder ``root`` has the split."""
     names = os.listdir(root)
-    patterns = {
-        "recordio": rf"{split}(_\d+)?\.rec",
-        "webdataset": rf"{split}-\d+\.tar",
-    }
+    patterns = {"recordio": rf"{split}(_\d+)?\.rec", "webdataset": rf"{split}-\d+\.tar"}
     there = [form for form, pattern in patterns.items() if any(re.fullmatch(pattern, name) for name in names)]
-    if (root / split).is_dir():
-        there.insert(0, "folder")
+    return ["folder", *there] if (root / split).is_dir() else there
+
+
+def find_form(root: Path, split: str, format: str = "auto") -> str:
+    """The form in which the folder ``root`` has the split.
+
+    Raises:
+        DataError: it has none, not ``format``, or several.
+    """
+    names, there = os.listdir(root), forms_there(root, split)
     if format in there:
         return format
     found = ", ".join(sorted(names)[:8]) + (f", … ({len(names)} in all)" if len(names) > 8 else "")
@@ -158,6 +167,16 @@ def check_key(key: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9_-]{1,90}", key):
         raise ValueError(f"key {key!r}: expected 1 to 90 ASCII letters, digits, '_' and '-', no dot")
     return key
+
+
+def safe_name(name: str) -> str:
+    """``name`` with ``_`` for what :func:`check_key` refuses, and at most 80 characters of it."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", name)[:80] or "_"
+
+
+def image_extension(data: bytes) -> str:
+    """How a file of this encoded image is called: ``png`` or ``jpg``."""
+    return "png" if data.startswith(b"\x89PNG") else "jpg"
 
 
 def check_size(size: int, where: str) -> None:

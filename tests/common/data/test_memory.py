@@ -19,6 +19,8 @@ from common.data.memory import (
     CropConfig,
     MemoryConfig,
     MemorySet,
+    _take,
+    _windows,
     crops,
     evaluation_batches,
     load_memory,
@@ -244,3 +246,18 @@ def test_arrays_that_cannot_be_written(tmp_path: Path):
             write_arrays(tmp_path, "train", images, labels, CLASSES)
     assert open_arrays(tmp_path, "train") is None
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.gpu
+def test_batches_on_the_gpu_are_those_of_the_cpu():
+    for ours, theirs in zip(batches(data=DATA.to(torch.device("cuda"))), batches(), strict=True):
+        assert ours.inputs.is_cuda
+        torch.testing.assert_close(ours.inputs.cpu(), theirs.inputs)
+        assert torch.equal(ours.targets.cpu(), theirs.targets)
+
+
+def test_both_ways_of_taking_crops_are_the_same():
+    index = crops(5, Order(SAMPLES, seed=5).table(range(40)), CROP)
+    windows = _windows(DATA.images, CROP)
+    sample, flip, top, left = torch.from_numpy(index)
+    assert torch.equal(_take(windows, index), windows[sample, flip, :, top, left])

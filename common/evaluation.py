@@ -1,0 +1,64 @@
+"""What the tasks' evaluation scripts share: the settings that go with a checkpoint, and what is shown and written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from common.config import Positional, parse
+from common.engine.run import run_of, write_json
+from common.errors import ConfigError
+from common.report.pictures import draw_confusion
+
+CHECKPOINT = Positional("run", "A run's folder, one checkpoint's folder, or a file of weights.")
+
+T = TypeVar("T")
+
+
+def parse_checkpoint(
+    cls: type[T], argv: Sequence[str], description: str | None
+) -> tuple[T, str, Path | None]:
+    """The settings of an evaluation: those of the checkpoint's run, and options over them.
+
+    Args:
+        cls: the task's configuration.
+        argv: the checkpoint, then options.
+
+    Returns:
+        Settings, the checkpoint, and its run's folder (None for a file of weights).
+
+    Raises:
+        ConfigError: a setting is wrong, or the checkpoint does not exist.
+    """
+    run = run_of(argv[0]) if argv and not argv[0].startswith("-") else None
+    recipe = run / "config.yaml" if run else None
+    config, checkpoint = parse(
+        cls, argv, default_recipe=recipe, positional=CHECKPOINT, description=description
+    )
+    if not Path(checkpoint).exists():
+        raise ConfigError(
+            f"{checkpoint!r} does not exist; expected a run's folder, a checkpoint, or a file of weights"
+        )
+    return config, checkpoint, run
+
+
+def show(result: dict[str, Any], classes: Sequence[str]) -> None:
+    """Print the numbers, and the ten worst classes."""
+    accuracies = [
+        (accuracy, name) for accuracy, name in zip(result["per_class"], classes) if accuracy is not None
+    ]
+    worst = ", ".join(f"{name} {accuracy:.1f}" for accuracy, name in sorted(accuracies)[:10])
+    print(f"per class, %, the worst first: {worst}{', …' if len(accuracies) > 10 else ''}")
+    print(
+        f"top1 {result['top1']:.2f} %, top5 {result['top5']:.2f} %, mean class {result['mean_class']:.2f} %, "
+        f"loss {result['loss']:.4f} over {result['samples']} samples, {result['unreadable']} unreadable"
+    )
+
+
+def write(result: dict[str, Any], folder: Path) -> None:
+    """Write the numbers and the confusion picture into ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = write_json(folder / "eval.json", result)
+    picture = draw_confusion(result["confusion"], result["classes"], folder / "eval_confusion.png")
+    print(f"written: {numbers} and {picture}")
