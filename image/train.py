@@ -19,12 +19,12 @@ from common.data.images import DataConfig, open_images
 from common.data.loader import evaluation_loader, train_batches
 from common.data.order import Division, Order
 from common.engine.config import EngineConfig
-from common.engine.preemption import STOPPED, Stopped
 from common.engine.setup import start_accelerator
-from common.engine.trainer import Data, Trainer, total_steps
+from common.engine.trainer import Data, total_steps
 from common.errors import run_main
 from common.models.build import ModelConfig, build_model
-from common.report.summary import Expectation, summarize
+from common.report.summary import Expectation
+from common.training import run_training
 
 DIGITS = Path(__file__).parent / "recipes" / "digits.yaml"
 
@@ -46,16 +46,7 @@ def main() -> int:
     prepare_default_data(config.data, accelerator)
     data = open_data(config, accelerator)
     model = build_model(config.model, len(data.classes))
-    trainer = Trainer(config, accelerator, model, data)
-    try:
-        evaluation = trainer.fit()
-    except Stopped:
-        return STOPPED
-    finally:
-        accelerator.end_training()
-    if accelerator.is_main_process:
-        print(summarize(trainer.run.folder, evaluation, config.expect))
-    return 0
+    return run_training(config, accelerator, model, data, config.expect)
 
 
 def open_data(config: Config, accelerator: Accelerator) -> Data:
