@@ -32,7 +32,9 @@ SMALL = {"layers": [1, 1, 1, 1], "channels": [32, 48, 64, 96], "bat_size": 4, "n
 
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--size", type=int, default=64, help="height and width of the images")
     parser.add_argument("--steps", type=int, default=10, help="steps in a block")
@@ -59,7 +61,9 @@ def main() -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, one thread"
     settings = {"batch": arguments.batch, "size": arguments.size, "model": "resnet18_bat", "args": SMALL}
     print(f"{device}: {result['ms_per_step']}, overhead {overhead:.2%}")
-    arguments.out.write_text(json.dumps(result | settings | {"device": device} | environment(), indent=1) + "\n")
+    arguments.out.write_text(
+        json.dumps(result | settings | {"device": device} | environment(), indent=1) + "\n"
+    )
 
 
 def clock() -> float:
