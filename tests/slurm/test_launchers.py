@@ -61,6 +61,7 @@ def call(repository, launcher, *arguments, **environment):
         ),
         ("eval_imagenet", [], {}, "RUN is missing"),
         ("eval_imagenet", ["/no/run"], {}, "/no/run does not exist"),
+        ("prepare_imagenet", ["archives"], {}, "expected the archives' folder and the folder to make"),
         ("launch", [], {}, "call one of those"),
     ],
 )
@@ -107,14 +108,16 @@ def test_the_example_of_site_env_is_right(repository):
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS, ids=lambda path: path.stem)
-def test_every_launcher_finds_its_recipe(repository, launcher):
-    model = {
-        "imagenet_noah": "resnet50_noah",
-        "imagenet_fbn": "resnet50_fbn",
-        "cifar_fbn": "resnet164_fbn_cifar10",
+def test_every_launcher_finds_what_it_needs(repository, launcher):
+    needed = {
+        "imagenet_noah": ["resnet50_noah"],
+        "imagenet_fbn": ["resnet50_fbn"],
+        "cifar_fbn": ["resnet164_fbn_cifar10"],
+        "eval_imagenet": ["run"],
+        "eval_cifar": ["run"],
+        "prepare_imagenet": ["archives", "made"],
     }
-    run = {"eval_imagenet": "run", "eval_cifar": "run"}
-    arguments = [value for names in (model, run) if (value := names.get(launcher.stem))]
+    arguments = needed.get(launcher.stem, [])
     done = call(repository, launcher.stem, *arguments, DATA="data")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"slurm/{launcher.name}|")
