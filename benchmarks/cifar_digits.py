@@ -87,7 +87,7 @@ def script(path: str, *words: object) -> None:
 def report(evaluations: dict[str, list[dict[str, Any]]], out: Path) -> None:
     """Print mean ± sample deviation over the seeds, and write every number."""
     rows = {}
-    print("\n| network | test error, % | test loss | errors of the seeds, % |\n|---|---|---|---|")
+    print("\n| network | validation error, % | validation loss | errors of the seeds, % |\n|---|---|---|---|")
     for label, results in evaluations.items():
         errors, losses = [100 - entry["top1"] for entry in results], [entry["loss"] for entry in results]
         rows[label] = {"errors": errors, "losses": losses, "error": spread(errors), "loss": spread(losses)}
