@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
-import multiprocessing
 import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -15,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from common.data.order import Division, Draw, Order, evaluation_batches, micro_batches
+from common.data.workers import end_with_parent, start_server
 
 FILLER = -1
 """Target of a row that only fills up an evaluation batch."""
@@ -103,6 +101,8 @@ def train_batches(
     Args:
         finish: applied to the inputs on the device (normalisation).
     """
+    if config.processes:
+        start_server()  # it is ready by the time the model is
 
     def start(step: int) -> Iterator[Batch]:
         draws = micro_batches(order, division, step, steps)
@@ -143,7 +143,8 @@ def _batches(
         prefetch_factor=config.prefetch if config.processes else None,
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
-        worker_init_fn=_start_worker,
+        worker_init_fn=end_with_parent,
+        multiprocessing_context=start_server() if config.processes else None,
         generator=torch.Generator(),  # its own, so that starting workers draws nothing from the global one
     )
     for inputs, targets, unreadable in loader:
@@ -165,17 +166,3 @@ def _collate(rows: list[Row]) -> tuple[Tensor, Tensor, list[Unreadable]]:
     inputs = torch.stack([row.inputs for row in rows])
     targets = torch.tensor([row.target for row in rows])
     return inputs, targets, [bad for row in rows for bad in row.unreadable]
-
-
-@atexit.register
-def _end_workers() -> None:
-    """End what is left of the workers: Python would send them SIGTERM, which they ignore, and wait for ever."""
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
-
-
-def _start_worker(_: int) -> None:
-    """Leave stopping to the main process: it finishes its step, and a dying worker would break that."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
