@@ -29,6 +29,8 @@ _FREE = (
     "expect.",
     "checkpoint.",
     "data.path",
+    "data.root",
+    "data.decode_",
     "data.format",
     "data.workers",
     "data.prefetch",

@@ -1,0 +1,1 @@
+"""Clips: list files, decoding, sampling, augmentation, test views, and the embedded moving digits."""
