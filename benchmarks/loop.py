@@ -96,7 +96,7 @@ def trainer(images: Tensor, targets: Tensor, folder: str) -> Callable[[int], Non
     """The same work by the engine, with its log entries."""
     train = TrainConfig(epochs=10**6, batch_size=images.shape[1])
     config = EngineConfig(out=folder, train=train, log=LogConfig(every=20))
-    accelerator = start_accelerator(train)
+    accelerator = start_accelerator(config)
     batches = [Batch(x.to(accelerator.device), y.to(accelerator.device)) for x, y in zip(images, targets)]
 
     def endless(step: int) -> Iterator[Batch]:

@@ -65,7 +65,7 @@ def main() -> int:
     first = jobs[0][0]
     if any(config.train.precision != first.train.precision for config, *_ in jobs):
         raise ConfigError("train.precision: the runs' differ; give one for all, as --train.precision fp32")
-    accelerator = start_accelerator(first.train)
+    accelerator = start_accelerator(first, training=False)
     results = {
         checkpoint: evaluate_one(config, checkpoint, run, accelerator) for config, checkpoint, run in jobs
     }

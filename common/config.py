@@ -88,6 +88,10 @@ def parse(
     if default_recipe and not any(arg.split("=")[0] == "--config" for arg in argv):
         stale = ["--model.args={}"] if any(arg.split("=")[0] == "--model.name" for arg in argv) else []
         argv = [f"--config={default_recipe}", *stale, *argv]
+    switches = {f"--{key}" for key, kind in _kinds(cls).items() if kind is bool}
+    for i, word in enumerate(argv):  # a switch alone is on
+        if word in switches and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
+            argv[i] = f"{word}=true"
     try:
         namespace = parser.parse_args(argv)
     except (ArgumentError, TypeError) as error:
@@ -145,17 +149,19 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _keys(cls: Any, prefix: str = "") -> list[str]:
-    keys = []
+def _kinds(cls: Any, prefix: str = "") -> dict[str, Any]:
+    """All dotted keys and their types."""
+    kinds: dict[str, Any] = {}
     for name, kind in typing.get_type_hints(cls).items():
-        keys += _keys(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else [f"{prefix}{name}"]
-    return keys
+        nested = dataclasses.is_dataclass(kind)
+        kinds |= _kinds(kind, f"{prefix}{name}.") if nested else {f"{prefix}{name}": kind}
+    return kinds
 
 
 def _explain(message: str, cls: type) -> str:
     """The parser's message as one line with the key, the value and the nearest valid one."""
     message = " ".join(message.split())
-    keys = _keys(cls)
+    keys = list(_kinds(cls))
     if found := re.match(r"unrecognized arguments: (.+)", message):
         words = found[1].split()
         unknown = next((word for word in words if word.startswith("-")), None)

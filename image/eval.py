@@ -26,7 +26,7 @@ from image.train import Config, open_data
 def main() -> int:
     """Evaluate as the command line says; returns the exit code."""
     config, checkpoint, run = parse_checkpoint(Config, sys.argv[1:], __doc__)
-    accelerator = start_accelerator(config.train)
+    accelerator = start_accelerator(config, training=False)
     data = open_data(config, accelerator)
     model = build_model(config.model, len(data.classes))
     loaded = load_weights(model, checkpoint, strict=config.weights_strict)

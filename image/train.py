@@ -42,7 +42,7 @@ class Config(EngineConfig):
 def main() -> int:
     """Train as the command line says; returns the exit code."""
     config, _ = parse(Config, default_recipe=DIGITS, description=__doc__)
-    accelerator = start_accelerator(config.train)
+    accelerator = start_accelerator(config)
     prepare_default_data(config.data, accelerator)
     data = open_data(config, accelerator)
     model = build_model(config.model, len(data.classes))

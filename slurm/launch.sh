@@ -78,6 +78,7 @@ refuse_out() {
 
 data_variable() { # RECIPE
     case $1 in
+        c2d* | i3d*) echo KINETICS ;;
         *_cifar100) echo CIFAR100 ;;
         *_cifar10) echo CIFAR10 ;;
         *) echo IMAGENET ;;

@@ -30,7 +30,7 @@ def two_steps(config: Any, classes: int, shape: tuple[int, ...]) -> Trainer:
     torch.manual_seed(0)
     inputs, targets = torch.randn(SAMPLES, *shape), torch.arange(SAMPLES) % classes
     try:
-        accelerator = start_accelerator(config.train)
+        accelerator = start_accelerator(config)
         model = build_model(config.model, classes)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         trainer = Trainer(config, accelerator, model, made_up(inputs, targets, classes))

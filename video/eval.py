@@ -60,7 +60,7 @@ class EvalConfig(Config):
 def main() -> int:
     """Evaluate as the command line says; returns the exit code."""
     config, checkpoint, run = parse_checkpoint(EvalConfig, sys.argv[1:], __doc__)
-    accelerator = start_accelerator(config.train)
+    accelerator = start_accelerator(config, training=False)
     device, world, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
     videos = open_videos(config.data, "val")
     classes, folder = videos.classes, run or Path(config.out)

@@ -10,6 +10,7 @@ from common.engine.checkpoint import CheckpointConfig
 from common.engine.log import LogConfig
 from common.engine.loss import LossConfig
 from common.engine.optim import OptimConfig
+from common.engine.parallel import Parallel
 from common.engine.schedule import ScheduleConfig
 
 
@@ -73,6 +74,13 @@ class EngineConfig:
     """Weights to start from: a published checkpoint, one of ours, a run's folder, or safetensors."""
     weights_strict: bool = True
     """Whether every key of `weights` must fit; else what fits is loaded and the rest listed."""
+    profile: bool = False
+    """Profile steps 6 to 10 of this start: a trace and the ten largest operators go to OUT/profile."""
+    profile_memory: bool = False
+    """Also a memory snapshot, with `profile`."""
+    parallel: Parallel = "auto"
+    """How several processes share the network: ddp gives each a copy, fsdp a part of every block (FSDP2). auto is what
+    `accelerate launch` asks for, else ddp."""
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

@@ -11,6 +11,7 @@ from torch import nn
 
 from common.data.loader import Batch, Unreadable
 from common.engine.metrics import EvalMeter
+from common.engine.worst import Worst
 
 
 @torch.no_grad()
@@ -23,6 +24,7 @@ def evaluate(
     autocast: Callable[[], AbstractContextManager] = nullcontext,
     interrupted: Callable[[], bool] = lambda: False,
     on_unreadable: Callable[[list[Unreadable]], None] = lambda _: None,
+    worst: Worst | None = None,
 ) -> dict[str, Any] | None:
     """Evaluate ``model``. All ranks call this, with equally many batches.
 
@@ -31,6 +33,7 @@ def evaluate(
         autocast: the context that the forward pass runs in.
         interrupted: asked after each batch; when it says yes, evaluation ends without a result.
         on_unreadable: gets the samples that could not be read.
+        worst: keeps the samples with the highest losses.
 
     Returns:
         The numbers of :meth:`EvalMeter.compute`, or None if interrupted.
@@ -44,6 +47,8 @@ def evaluate(
             with autocast():
                 logits = model(batch.inputs)
             meter.add(logits, batch.targets)
+            if worst:
+                worst.add(batch.inputs, logits, batch.targets)
             if interrupted():
                 return None
         return meter.compute()

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from timm.optim import create_optimizer_v2
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from common.config import nearest
+from common.engine.parallel import part, whole
 from common.errors import ConfigError
 
 # timm's "sgd" is Nesterov's; the field's SGD is its "momentum".
@@ -106,16 +107,32 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
 
 
 def named_state(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
-    """The optimizer's state by parameter name, so that it outlives another grouping of the parameters."""
+    """The optimizer's state by parameter name, whole: it outlives another grouping and division of the parameters.
+
+    All ranks call this.
+    """
     names = _names_in_order(model, optimizer)
-    return {names[index]: state for index, state in optimizer.state_dict()["state"].items()}
+    found = optimizer.state_dict()["state"]
+    return {
+        names[index]: {
+            key: whole(value) if isinstance(value, Tensor) else value for key, value in entry.items()
+        }
+        for index, entry in found.items()
+    }
 
 
 def load_named_state(model: nn.Module, optimizer: Optimizer, state: dict[str, dict[str, Any]]) -> None:
-    """Load what :func:`named_state` gave; the groups' settings stay as they are."""
-    names = _names_in_order(model, optimizer)
+    """Load what :func:`named_state` gave; the groups' settings stay as they are. All ranks call this."""
+    names, parameters = _names_in_order(model, optimizer), dict(model.named_parameters())
     plain = optimizer.state_dict()
-    plain["state"] = {index: state[name] for index, name in enumerate(names) if name in state}
+    plain["state"] = {
+        index: {
+            key: part(value, parameters[name]) if isinstance(value, Tensor) else value
+            for key, value in state[name].items()
+        }
+        for index, name in enumerate(names)
+        if name in state
+    }
     optimizer.load_state_dict(plain)
 
 

@@ -9,16 +9,19 @@ import numpy as np
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
-from common.engine.config import TrainConfig
+from common.engine import parallel
+from common.engine.config import EngineConfig
 from common.errors import ConfigError
 
 
-def start_accelerator(config: TrainConfig) -> Accelerator:
-    """Make the process ready to build and train a model; seeds torch with ``config.seed``.
+def start_accelerator(engine: EngineConfig, training: bool = True) -> Accelerator:
+    """Make the process ready to build a model and train it, or only evaluate it; seeds torch with ``train.seed``.
 
     Raises:
-        ConfigError: the precision needs a GPU that is not there.
+        ConfigError: the precision needs a GPU that is not there; see also :func:`common.engine.parallel.choose`.
     """
+    config = engine.train
+    parallel.choose(engine, training)
     gpu = torch.cuda.is_available()
     if config.precision == "fp16" and not gpu:
         raise ConfigError("train.precision = fp16: needs a GPU; on the CPU use fp32 or bf16")

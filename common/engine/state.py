@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from common.config import flatten, to_dict
-from common.engine import checkpoint
+from common.engine import checkpoint, parallel
 from common.engine.optim import load_named_state, named_state
 from common.errors import UserError
 from common.weights import load_state
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _FREE = (
     "out",
     "resume",
+    "parallel",
+    "profile",
     "weights",
     "log.",
     "expect.",
@@ -76,13 +78,15 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def capture(trainer: Trainer) -> dict[str, Any]:
-    """The content of a checkpoint; see :func:`common.engine.checkpoint.save`.
+    """The content of a checkpoint, the same however the run is divided. All ranks call this.
+
+    See :func:`common.engine.checkpoint.save`.
 
     Raises:
         UserError: a weight is not finite; such a state is not worth keeping.
     """
     model, scaler = trainer.plain_model, trainer.accelerator.scaler
-    weights = model.state_dict()
+    weights = parallel.whole_state(model)
     finite = torch.stack([tensor.isfinite().all() for tensor in weights.values()]).all()
     if not finite:
         raise trainer.divergence("a weight is not finite")
@@ -98,7 +102,7 @@ def capture(trainer: Trainer) -> dict[str, Any]:
         },
     }
     if trainer.ema:
-        content["ema.safetensors"] = trainer.ema.module.state_dict()
+        content["ema.safetensors"] = parallel.whole_state(trainer.ema.module)
     return content
 
 
@@ -116,12 +120,16 @@ def restore(trainer: Trainer, path: Path) -> None:
             f"(then → now). Undo the change, or start anew from its weights: --weights {path} --out ANOTHER_FOLDER"
         )
     model = trainer.plain_model
-    load_state(model, checkpoint.load(path, "model.safetensors"), where=str(path))
+    _load(model, path, "model.safetensors")
     load_named_state(model, trainer.optimizer, checkpoint.load(path, "optimizer.pt"))
     if trainer.ema:
-        load_state(trainer.ema.module, checkpoint.load(path, "ema.safetensors"), where=str(path))
+        _load(trainer.ema.module, path, "ema.safetensors")
     if trainer.accelerator.scaler and state["scaler"]:
         trainer.accelerator.scaler.load_state_dict(state["scaler"])
     trainer.progress = Progress(**state["progress"])
     trainer.evaluation = state["evaluation"]
     trainer.meter.sums.copy_(torch.tensor(state["meter"], dtype=torch.float64))
+
+
+def _load(module: nn.Module, path: Path, name: str) -> None:
+    load_state(module, parallel.own_state(module, checkpoint.load(path, name)), where=str(path))

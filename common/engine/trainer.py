@@ -17,7 +17,7 @@ from torch import nn
 from common.data.loader import Batch
 from common.data.mixup import mix
 from common.data.quarantine import Quarantine
-from common.engine import checkpoint, state
+from common.engine import checkpoint, parallel, state
 from common.engine.clock import Clock
 from common.engine.config import EngineConfig, TrainConfig
 from common.engine.evaluate import evaluate
@@ -26,9 +26,11 @@ from common.engine.loss import loss_sum
 from common.engine.metrics import TrainMeter
 from common.engine.optim import build_optimizer, set_lr
 from common.engine.preemption import Request, Requests, Stopped
+from common.engine.profile import Profiler
 from common.engine.run import Run, write_json
 from common.engine.schedule import factor
 from common.engine.setup import seed_step
+from common.engine.worst import Worst
 from common.errors import ConfigError, RunError
 from common.weights import load_weights
 
@@ -92,15 +94,18 @@ class Trainer:
 
         Raises:
             Stopped: a signal asked the run to stop; its state is saved.
-            UserError: the run cannot be continued, the loss is not finite, too many samples are unreadable, or a
-                checkpoint cannot be written.
+            UserError: the run cannot be continued, the loss is not finite, too many samples are unreadable, a
+                checkpoint cannot be written, or another process has died or hangs.
         """
         self._resume()
         if self.progress.step < self.steps or self.evaluation_due:
             self.begin()
             try:
                 self.train()
+            except RuntimeError as error:
+                raise self._lost_others(error) from error
             finally:
+                self.profiler.close()
                 self.log.close()
                 self.requests.close()
         else:
@@ -117,6 +122,7 @@ class Trainer:
                 self.evaluate()
             else:
                 self.update(batches)
+                self.profiler.step()
                 if self.log_due:
                     self.report()
             self.save_or_stop_if_asked()
@@ -163,7 +169,8 @@ class Trainer:
     def evaluate(self) -> None:
         """Evaluate, note the best, and save; comes to no result if a stop is asked for meanwhile."""
         model = self.ema.module if self.ema else self.plain_model
-        _share_buffers(model)
+        worst = Worst()
+        parallel.share_buffers(model)
         result = evaluate(
             model,
             self.data.val(),
@@ -172,12 +179,14 @@ class Trainer:
             autocast=self.accelerator.autocast,
             interrupted=lambda: self._poll() is Request.STOP,
             on_unreadable=lambda samples: self.quarantine.add(samples, training=False),
+            worst=worst,
         )
         if result is None:
             return
         self.evaluation = {key: value for key, value in result.items() if isinstance(value, (int, float))}
+        more = {"classes": self.data.classes, "worst": worst.compute()}
         if self.accelerator.is_main_process:
-            write_json(self.run.folder / "evaluation.json", result | {"classes": self.data.classes})
+            write_json(self.run.folder / "evaluation.json", result | more)
         self.progress.evaluated_step = self.progress.step
         if result["top1"] > self.progress.best:
             self.progress.best, self.progress.best_step = result["top1"], self.progress.step
@@ -200,13 +209,14 @@ class Trainer:
         self.asked = Request.NOTHING
 
     def save(self) -> None:
-        """Write a checkpoint of this moment, unless it is written already."""
+        """Write a checkpoint of this moment, unless it is written already. All ranks call this."""
         moment = (self.progress.step, self.progress.evaluated_step)
         if moment == self.saved:
             return
         self.saved, self.saved_at = moment, time.monotonic()
+        content = state.capture(self)
         if self.accelerator.is_main_process:
-            checkpoint.save(self.run.checkpoints, self.progress.step, state.capture(self))
+            checkpoint.save(self.run.checkpoints, self.progress.step, content)
             checkpoint.prune(self.run.checkpoints, self.config.checkpoint.keep, self.progress.best_step)
 
     @property
@@ -252,11 +262,18 @@ class Trainer:
             _checkpoint_gradients(model)
         model.to(accelerator.device)
         self.plain_model = model
-        self.ema = ModelEmaV3(model, decay=train.ema) if train.ema else None
+        each = (
+            self.config.parallel == "fsdp"
+        )  # parameters in parts do not go with whole buffers in one operation
+        self.ema = ModelEmaV3(model, decay=train.ema, foreach=not each) if train.ema else None
         if train.compile:
             model.compile()
+        for network in [model, *([self.ema.module] if self.ema else [])]:
+            parallel.shard(network, self.config)
         self.optimizer = build_optimizer(model, self.config.optim)
-        self.model, self.prepared_optimizer = accelerator.prepare(model, self.optimizer)
+        self.model, self.prepared_optimizer = parallel.prepare(
+            accelerator, self.config, model, self.optimizer
+        )
         # accelerate divides by the micro-batches and DDP by the ranks: this makes a mean over the global batch.
         self.loss_scale = train.accumulation * accelerator.num_processes / train.batch_size
 
@@ -282,7 +299,20 @@ class Trainer:
         self.log = Log(self.run, self.config.log, self.steps, self.progress.step, main)
         self.requests, self.asked = Requests(), Request.NOTHING
         self.clock = Clock(accelerator.device, self.config.train.batch_size)
+        profiled = main and self.config.profile
+        self.profiler = Profiler(self.run.folder, accelerator.device, profiled, self.config.profile_memory)
         self.saved, self.saved_at = (self.progress.step, self.progress.evaluated_step), time.monotonic()
+
+    def _lost_others(self, error: RuntimeError) -> Exception:
+        """The error itself, or where it is a collective call's, what it means."""
+        signs = ("Timed out", "timed out", "Timeout", "Connection closed", "Connection reset")
+        if not dist.is_initialized() or not any(sign in str(error) for sign in signs):
+            return error
+        return RunError(
+            f"at step {self.progress.step} another process has died or hangs (train.timeout_minutes = "
+            f"{self.config.train.timeout_minutes:g}): {str(error).splitlines()[0][:200]}; last checkpoint: "
+            f"{checkpoint.newest(self.run.checkpoints) or 'none'}"
+        )
 
     def _clip(self) -> None:
         optim, parameters = self.config.optim, self.model.parameters()
@@ -304,13 +334,6 @@ class Trainer:
 
     def _epoch_at(self, step: int) -> float:
         return step * self.config.train.batch_size / self.data.samples
-
-
-def _share_buffers(model: nn.Module) -> None:
-    """Give all ranks the main process's batch-norm statistics: those that are saved. All ranks call this."""
-    if dist.is_initialized():
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
 
 
 def _channels_last(model: nn.Module) -> torch.memory_format:

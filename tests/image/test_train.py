@@ -29,13 +29,6 @@ pytestmark = pytest.mark.xdist_group("train")  # one worker, so that the runs be
 
 
 @pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "digits"
-    prepare_digits(path, "folder")
-    return path
-
-
-@pytest.fixture(scope="module")
 def reference(tmp_path_factory, digits):
     """A run that nothing ever disturbed."""
     folder = tmp_path_factory.mktemp("runs") / "reference"

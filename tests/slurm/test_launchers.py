@@ -17,9 +17,9 @@ LAUNCHERS = sorted(path for path in (ROOT / "slurm").glob("*.sh") if path.name !
 @pytest.fixture
 def repository(tmp_path):
     """A folder with the launchers, the recipes, an environment, and an sbatch that prints what it gets."""
-    for name in ("slurm", "image/recipes", "cifar/recipes"):
+    for name in ("slurm", "image/recipes", "video/recipes", "cifar/recipes"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("site.env"))
-    for name in ("image/eval.py", "cifar/eval.py", "data/file", "run/config.yaml"):
+    for name in ("image/eval.py", "video/eval.py", "cifar/eval.py", "data/file", "run/config.yaml"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     program(tmp_path / ".venv" / "bin" / "python", "")
@@ -35,7 +35,7 @@ def program(path, script):
 
 def call(repository, launcher, *arguments, **environment):
     """Call a launcher outside of any job."""
-    ours = ("SLURM_", "SBATCH_", "DATA", "IMAGENET", "CIFAR", "VENV", "MODULES", "CONTAINER", "OUT", "RUNS")
+    ours = ("SLURM_", "SBATCH_", "DATA", "IMAGENET", "KINETICS", "CIFAR", "VENV", "MODULES", "CONTAINER", "OUT", "RUNS")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     kept |= {"PATH": f"{repository}/bin:{os.environ['PATH']}"} | environment
     command = ["bash", str(repository / "slurm" / f"{launcher}.sh"), *arguments]
@@ -48,6 +48,7 @@ def call(repository, launcher, *arguments, **environment):
         ("imagenet_resnet50_bat", [], {"DATA": "/no/where"}, "/no/where (DATA or IMAGENET) does not exist"),
         ("imagenet_resnet50_bat", [], {"DATA": ""}, "set DATA, or IMAGENET in slurm/site.env"),
         ("cifar_fbn", ["resnet164_fbn_cifar10"], {"DATA": ""}, "set DATA, or CIFAR10 in slurm/site.env"),
+        ("kinetics_i3d_bat", [], {"DATA": ""}, "set DATA, or KINETICS in slurm/site.env"),
         ("imagenet_resnet50_bat", [], {"VENV": "/no/venv"}, "/no/venv/bin/python does not exist"),
         ("imagenet_resnet50_bat", [], {"MODULES": "cuda"}, "there is no module command"),
         ("imagenet_resnet50_bat", [], {"CONTAINER": "apptainr exec"}, "there is no command apptainr"),
@@ -114,6 +115,7 @@ def test_every_launcher_finds_what_it_needs(repository, launcher):
         "imagenet_fbn": ["resnet50_fbn"],
         "cifar_fbn": ["resnet164_fbn_cifar10"],
         "eval_imagenet": ["run"],
+        "eval_kinetics": ["run"],
         "eval_cifar": ["run"],
         "prepare_imagenet": ["archives", "made"],
     }

@@ -71,7 +71,7 @@ class Settings:
                 yield Batch(IMAGES[start : start + 16], TARGETS[start : start + 16])
 
         data = Data(SAMPLES, tuple("abcd"), training, validation, "made up", max_unreadable=0.05)
-        return Trainer(config, start_accelerator(config.train), net(self.norm), data)
+        return Trainer(config, start_accelerator(config), net(self.norm), data)
 
 
 class CountSyncs(TorchFunctionMode):

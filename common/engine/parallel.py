@@ -1,0 +1,133 @@
+"""How the processes of a run share the network: each a whole copy (DDP), or each a part (FSDP, ZeRO)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
+from common.errors import ConfigError
+
+if TYPE_CHECKING:
+    from common.engine.config import EngineConfig
+
+Parallel = Literal["auto", "ddp", "fsdp"]
+
+
+def choose(config: EngineConfig, training: bool = True) -> None:
+    """Make ``config.parallel`` what this start is: its own setting, or with auto what the launcher asks for.
+
+    An evaluation has a whole copy of the network in each process, however it was trained.
+
+    Raises:
+        ConfigError: the setting and the launcher differ, there is one process only, or a setting does not go with it.
+    """
+    launched = "fsdp" if os.environ.pop("ACCELERATE_USE_FSDP", "").lower() == "true" else None
+    if launched and config.parallel not in ("auto", launched):
+        raise ConfigError(
+            f"parallel = {config.parallel}: accelerate launch was told {launched}; give one of the two"
+        )
+    if config.parallel == "auto" or not training:
+        config.parallel = cast(Parallel, launched or "ddp") if training else "ddp"
+    if config.parallel == "ddp":
+        return
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        raise ConfigError(
+            f"parallel = {config.parallel}: there is one process, and nothing to share; start several by "
+            "torchrun --nproc_per_node N or accelerate launch --num_processes N, or leave it out"
+        )
+    if config.train.precision == "fp16":
+        raise ConfigError(
+            f"parallel = {config.parallel}: does not go with train.precision = fp16; use bf16 or fp32"
+        )
+
+
+def shard(model: nn.Module, config: EngineConfig) -> None:
+    """Divide the parameters over the processes where the mode does, in place. All ranks call this.
+
+    Parameters become DTensors: each rank holds 1/world of each and of its gradient and optimizer state. A block's are
+    gathered when it runs and let go after. Buffers stay whole.
+    """
+    if config.parallel == "fsdp":
+        for block in blocks(model):
+            fully_shard(block)
+        fully_shard(model)
+
+
+def prepare(
+    accelerator: Accelerator, config: EngineConfig, model: nn.Module, optimizer: Optimizer
+) -> tuple[nn.Module, Any]:
+    """The model and the optimizer as the loop uses them. All ranks call this.
+
+    Raises:
+        ConfigError: what came out is not what was asked for.
+    """
+    if config.parallel == "fsdp":
+        # Autocast without DDP; the reductions are in the blocks' own hooks.
+        model = accelerator.prepare_model(model, evaluation_mode=True)
+        prepared = accelerator.prepare_optimizer(optimizer)
+    else:
+        model, prepared = accelerator.prepare(model, optimizer)
+    found = mode_of(accelerator, model)
+    if found != config.parallel:
+        raise ConfigError(f"parallel = {config.parallel}: became {found} with {accelerator.distributed_type}")
+    return model, prepared
+
+
+def mode_of(accelerator: Accelerator, model: nn.Module) -> str:
+    """What a prepared model is, by what it is made of."""
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return "fsdp"
+    alone = accelerator.distributed_type == DistributedType.NO
+    return "ddp" if alone or isinstance(model, nn.parallel.DistributedDataParallel) else "nothing"
+
+
+def blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The network's blocks: what is made of modules and stands in a sequence, outermost first."""
+    for child in model.children():
+        if isinstance(child, (nn.Sequential, nn.ModuleList)):
+            for member in child:
+                if isinstance(member, (nn.Sequential, nn.ModuleList)):
+                    yield from blocks(nn.ModuleList([member]))
+                elif any(True for _ in member.children()) and any(True for _ in member.parameters()):
+                    yield member
+        else:
+            yield from blocks(child)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or all ranks' parts of it put together on the CPU. All ranks call this."""
+    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_state(module: nn.Module) -> dict[str, Tensor]:
+    """The module's state dict, whole. All ranks call this."""
+    return {name: whole(tensor) for name, tensor in module.state_dict().items()}
+
+
+def own_state(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A whole state dict, divided as the module is."""
+    own = module.state_dict()
+    return {name: part(tensor, own[name]) if name in own else tensor for name, tensor in state.items()}
+
+
+def part(tensor: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a whole tensor that every rank has, divided as ``like`` is."""
+    if not isinstance(like, DTensor) or tensor.dim() == 0:
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give all ranks the main process's batch-norm statistics: those that are saved. All ranks call this."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)

@@ -1,0 +1,106 @@
+"""The ways to share a network over processes: same losses, one kind of checkpoint, no mode that silently is another."""
+
+import os
+import re
+import signal
+import subprocess
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.processes import VIT, metrics, run, settings, start, train, wait_for_step
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("parallel")]
+
+NORM_FREE = {
+    "model__name": "vit_tiny_patch16_224",
+    "model__args": VIT,
+    "optim__name": "adamw",
+    "optim__lr": 1e-3,
+    "optim__clip_norm": 1.0,
+    "train__ema": 0,
+    "train__batch_size": 160,
+}
+
+
+@pytest.fixture(scope="module")
+def alone(digits, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    train(folder, digits, train__accumulation=2, **NORM_FREE)
+    return folder
+
+
+def assert_same_losses(folder, reference):
+    for split in ("train", "val"):
+        ours, theirs = metrics(folder, split), metrics(reference, split)
+        assert [entry["step"] for entry in ours] == [entry["step"] for entry in theirs]
+        assert [e["loss"] for e in ours] == pytest.approx([e["loss"] for e in theirs], rel=2e-4)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_fsdp_gives_the_losses_of_one_process(alone, digits, tmp_path, monkeypatch, processes):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as accelerate launch does, here for a run on the CPU
+    train(tmp_path / "run", digits, processes=processes, **NORM_FREE)
+    assert_same_losses(tmp_path / "run", alone)
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["parallel"] == "fsdp"
+
+
+@pytest.mark.parametrize("first, then", [("fsdp", "ddp"), ("ddp", "fsdp"), ("fsdp", "fsdp")])
+def test_a_run_goes_on_in_another_mode(alone, digits, tmp_path, first, then):
+    folder = tmp_path / "run"
+    process = start("image/train.py", processes=2, **settings(folder, digits, parallel=first, **NORM_FREE))
+    wait_for_step(folder, 9, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=120)
+    done = train(folder, digits, processes=4 if then == "fsdp" else 1, parallel=then, **NORM_FREE)
+    assert "continuing" in done.stdout
+    assert_same_losses(folder, alone)
+
+
+def test_fsdp_killed_and_resumed_is_bit_equal(digits, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(whole, digits, processes=2, parallel="fsdp")
+    process = start("image/train.py", processes=2, **settings(killed, digits, parallel="fsdp"))
+    wait_for_step(killed, 10, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=120)
+    train(killed, digits, processes=2, parallel="fsdp")
+    for split in ("train", "val"):
+        assert metrics(killed, split) == metrics(whole, split)
+    ours, theirs = (
+        load_file(sorted(f.glob("checkpoints/step-*/model.safetensors"))[-1]) for f in (killed, whole)
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_rank_that_hangs_is_waited_for_no_longer_than_the_limit(digits, tmp_path):
+    folder = tmp_path / "run"
+    options = settings(folder, digits, train__timeout_minutes=0.2)
+    process = start("image/train.py", processes=2, **options)
+    wait_for_step(folder, 9, process)
+    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    os.kill(int(ranks.stdout.split()[1]), signal.SIGSTOP)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    found = re.search(
+        r"error: at step (\d+) another process has died or hangs \(train.timeout_minutes = 0.2\)", err
+    )
+    assert found, err
+    assert int(found[1]) >= 8
+    train(folder, digits, processes=2)
+
+
+def test_one_process_has_nothing_to_share(digits, tmp_path):
+    done = run("image/train.py", **settings(tmp_path / "run", digits, parallel="fsdp"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: parallel = fsdp: there is one process")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mode_that_the_launcher_was_not_told_is_an_error(digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    done = run("image/train.py", **settings(tmp_path / "run", digits, parallel="ddp"))
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: parallel = ddp: accelerate launch was told fsdp")
