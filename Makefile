@@ -58,6 +58,7 @@ check: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/python -m common.report.api docs/api.md
 
 clean:
 	rm -rf .venv data runs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,16 +32,35 @@ def parse_checkpoint(
     Raises:
         ConfigError: a setting is wrong, or the checkpoint does not exist.
     """
+    config, checkpoint, run = parse_with_run(cls, argv, description, CHECKPOINT)
+    check_exists(checkpoint)
+    return config, checkpoint, run
+
+
+def parse_with_run(
+    cls: type[T], argv: Sequence[str], description: str | None, positional: Positional
+) -> tuple[T, Any, Path | None]:
+    """:func:`parse_checkpoint` with what is positional given, whose first word is the checkpoint; unchecked."""
     run = run_of(argv[0]) if argv and not argv[0].startswith("-") else None
     recipe = run / "config.yaml" if run else None
-    config, checkpoint = parse(
-        cls, argv, default_recipe=recipe, positional=CHECKPOINT, description=description
-    )
+    config, value = parse(cls, argv, default_recipe=recipe, positional=positional, description=description)
+    return config, value, run
+
+
+def check_exists(checkpoint: str) -> None:
+    """Raise a :class:`ConfigError` where ``checkpoint`` is not there."""
     if not Path(checkpoint).exists():
         raise ConfigError(
             f"{checkpoint!r} does not exist; expected a run's folder, a checkpoint, or a file of weights"
         )
-    return config, checkpoint, run
+
+
+def class_names(run: Path | None) -> list[str]:
+    """The classes of a run's last evaluation; none where there was none."""
+    evaluation = run / "evaluation.json" if run else None
+    if evaluation is None or not evaluation.is_file():
+        return []
+    return list(json.loads(evaluation.read_text())["classes"])
 
 
 def show(result: dict[str, Any], classes: Sequence[str]) -> None:

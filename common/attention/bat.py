@@ -74,6 +74,10 @@ class BilinearTransform(nn.Module):
         self.conv2 = conv_bn_relu(channels, channels)
         init_convs(self)
 
+    def fitted(self, x: Tensor) -> Tensor:
+        """``x`` resampled, where it must be, to sides that are multiples of ``size``."""
+        return resample(x, [-(-side // self.size) * self.size for side in x.shape[2:]])
+
     def matrices(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(N, C, H, W), H and W multiples of s → P and Q, both (N, k, s, s).
 
@@ -88,11 +92,9 @@ class BilinearTransform(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C, H, W)."""
-        given = x.shape[2:]
-        multiple = [-(-side // self.size) * self.size for side in given]
-        x = resample(x, multiple)
-        y = bilinear_transform(x, *self.matrices(x))
-        return self.conv2(resample(y, given))
+        fitted = self.fitted(x)
+        y = bilinear_transform(fitted, *self.matrices(fitted))
+        return self.conv2(resample(y, x.shape[2:]))
 
     def extra_repr(self) -> str:
         return f"size={self.size}, groups={self.groups}"

@@ -143,17 +143,18 @@ class BilinearTransform3d(nn.Module):
         # A length of a range is a plain number: torch.compile makes a graph for each size. With sizes as symbols,
         # which the number of windows does not allow anyway, it takes minutes for one block (torch 2.14).
         given = [len(range(side)) for side in x.shape[2:]]
-        x = resample(x, self._grid(*given))
+        x = self.fitted(x, *given)
         o = self.conv1(x)
         y = clips(bilinear_transform(frames(x), *self.matrices(o)), x.shape[2])
         if self.time_groups:
             y = temporal_transform(y, self.time_matrices(o))
         return self.conv2(resample(y, given))
 
-    def _grid(self, length: int, height: int, width: int) -> list[int]:
+    def fitted(self, x: Tensor, length: int, height: int, width: int) -> Tensor:
+        """``x``, of these sides, resampled where it must be to sides that the matrices fit."""
         if self.time_groups:
             length = next_multiple(length, self.time_size)
-        return [length, fitting_side(height, self.size), fitting_side(width, self.size)]
+        return resample(x, [length, fitting_side(height, self.size), fitting_side(width, self.size)])
 
     def extra_repr(self) -> str:
         return (

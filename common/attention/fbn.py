@@ -191,6 +191,19 @@ class FBNHead(nn.Module):
         """(N, C, \\*positions) → logits (N, classes)."""
         return self.class_maps(features).flatten(2).mean(2)
 
+    def pairs(self, features: Tensor, index: int) -> Tensor:
+        """What every pair of features adds to the logit of class ``index`` by the FB term.
+
+        (N, C, \\*positions) → (N, C, C), symmetric: a pair adds the sum of its two entries. The sum over all is the
+        FB term's part of the logit in evaluation, without the bias.
+        """
+        x = features.flatten(2)
+        x = x.tanh() if self.tanh else x
+        factors, mask = self.bilinear.weight[index], self.bilinear.mask()
+        factors = factors if mask is None else factors * mask[:, None]
+        pairs = factors.mT @ factors * (x @ x.mT / x.shape[2])
+        return pairs if self.bilinear.keep_diagonal else pairs - torch.diag_embed(pairs.diagonal(0, 1, 2))
+
 
 class _Bilinear(torch.autograd.Function):
     """The FB form of rows: one matrix product with all factors, squared and summed a few outputs at a time.

@@ -45,6 +45,10 @@ class NonLocal(nn.Module):
             else:
                 nn.init.zeros_(parameter)
 
+    def attention(self, x: Tensor) -> Tensor:
+        """What each position (row) takes from each (column): (N, C, H, W) → (N, H·W, H·W), rows of sum 1."""
+        return attention_weights(self.t(x).flatten(2).mT, self.p(x).flatten(2).mT)
+
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → (N, C, H, W)."""
         query, key, value = (conv(x).flatten(2).mT.unsqueeze(1) for conv in (self.t, self.p, self.g))
@@ -101,6 +105,14 @@ class NonLocal3d(nn.Module):
                 nn.init.zeros_(parameter)
         nn.init.normal_(self.W.get_parameter("0.weight"), std=0.01)
 
+    def attention(self, x: Tensor) -> Tensor:
+        """What each position (row) takes from each (column), rows of sum 1.
+
+        (N, C, T, H, W) → (N, heads, T·H·W, L) with L = T·H·W, or a quarter with ``sub_sample``; of each frame alone,
+        (N·T, heads, H·W, L), with ``per_frame``.
+        """
+        return attention_weights(self._positions(self.theta(x)), self._positions(self.phi(x)))
+
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, T, H, W) → (N, C, T, H, W)."""
         query, key, value = (self._positions(conv(x)) for conv in (self.theta, self.phi, self.g))
@@ -115,6 +127,11 @@ class NonLocal3d(nn.Module):
         """(N, c, T, H, W) → (N, heads, T·H·W, c / heads), or (N·T, heads, H·W, c / heads)."""
         x = frames(x) if self.per_frame else x
         return x.flatten(2).unflatten(1, (self.heads, -1)).mT
+
+
+def attention_weights(query: Tensor, key: Tensor) -> Tensor:
+    """``softmax(query · keyᵀ / √c)``: (…, L, c) and (…, M, c) → (…, L, M)."""
+    return (query @ key.mT / query.shape[-1] ** 0.5).softmax(-1)
 
 
 def _maybe_pooled(conv: nn.Module, pooled: bool) -> nn.Module:

@@ -79,8 +79,11 @@ class EngineConfig:
     profile_memory: bool = False
     """Also a memory snapshot, with `profile`."""
     parallel: Parallel = "auto"
-    """How several processes share the network: ddp gives each a copy, fsdp a part of every block (FSDP2). auto is what
+    """How several processes share the network: ddp gives each a copy, fsdp a part of every block (FSDP2); with
+    DeepSpeed's zero1 the optimizer's state is in parts, with zero2 gradients too, with zero3 weights too. auto is what
     `accelerate launch` asks for, else ddp."""
+    offload: bool = False
+    """With zero1 to zero3: keep the optimizer's state in the CPU's memory, and update there."""
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)

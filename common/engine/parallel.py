@@ -6,9 +6,10 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, convert_outputs_to_fp32
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -19,7 +20,7 @@ from common.errors import ConfigError
 if TYPE_CHECKING:
     from common.engine.config import EngineConfig
 
-Parallel = Literal["auto", "ddp", "fsdp"]
+Parallel = Literal["auto", "ddp", "fsdp", "zero1", "zero2", "zero3"]
 
 
 def choose(config: EngineConfig, training: bool = True) -> None:
@@ -30,7 +31,7 @@ def choose(config: EngineConfig, training: bool = True) -> None:
     Raises:
         ConfigError: the setting and the launcher differ, there is one process only, or a setting does not go with it.
     """
-    launched = "fsdp" if os.environ.pop("ACCELERATE_USE_FSDP", "").lower() == "true" else None
+    launched = _launched()
     if launched and config.parallel not in ("auto", launched):
         raise ConfigError(
             f"parallel = {config.parallel}: accelerate launch was told {launched}; give one of the two"
@@ -44,10 +45,25 @@ def choose(config: EngineConfig, training: bool = True) -> None:
             f"parallel = {config.parallel}: there is one process, and nothing to share; start several by "
             "torchrun --nproc_per_node N or accelerate launch --num_processes N, or leave it out"
         )
-    if config.train.precision == "fp16":
-        raise ConfigError(
-            f"parallel = {config.parallel}: does not go with train.precision = fp16; use bf16 or fp32"
-        )
+    zero = config.parallel.startswith("zero")
+    for name, set_ in (
+        ("train.precision = fp16; use bf16 or fp32", config.train.precision == "fp16"),
+        ("train.ema", zero and config.train.ema),
+        ("optim.clip_value; use optim.clip_norm", zero and config.optim.clip_value),
+        ("offload, which zero1 to zero3 have", config.offload and not zero),
+    ):
+        if set_:
+            raise ConfigError(f"parallel = {config.parallel}: does not go with {name}")
+
+
+def _launched() -> str | None:
+    """The mode that `accelerate launch` was told. It is taken from the environment: what follows is done here."""
+    asked = {
+        name: os.environ.pop(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED")
+    }
+    if asked["DEEPSPEED"]:
+        return f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}"
+    return "fsdp" if asked["FSDP"] else None
 
 
 def shard(model: nn.Module, config: EngineConfig) -> None:
@@ -70,6 +86,9 @@ def prepare(
     Raises:
         ConfigError: what came out is not what was asked for.
     """
+    if config.parallel.startswith("zero") and config.train.precision == "bf16":
+        autocast = torch.autocast(accelerator.device.type, torch.bfloat16)
+        model.forward = convert_outputs_to_fp32(autocast(model.forward))
     if config.parallel == "fsdp":
         # Autocast without DDP; the reductions are in the blocks' own hooks.
         model = accelerator.prepare_model(model, evaluation_mode=True)
@@ -86,6 +105,8 @@ def mode_of(accelerator: Accelerator, model: nn.Module) -> str:
     """What a prepared model is, by what it is made of."""
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return "fsdp"
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and dist.get_world_size() > 1:
+        return f"zero{cast(Any, model).zero_optimization_stage()}"
     alone = accelerator.distributed_type == DistributedType.NO
     return "ddp" if alone or isinstance(model, nn.parallel.DistributedDataParallel) else "nothing"
 

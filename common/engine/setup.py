@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
-from common.engine import parallel
+from common.engine import parallel, zero
 from common.engine.config import EngineConfig
 from common.errors import ConfigError
 
@@ -31,12 +31,14 @@ def start_accelerator(engine: EngineConfig, training: bool = True) -> Accelerato
     torch.backends.cudnn.benchmark = not config.deterministic
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
     torch.manual_seed(config.seed)
-    precision = "no" if config.precision == "fp32" else config.precision
+    sharing = zero.plugin(engine) if training and engine.parallel.startswith("zero") else None
+    precision = "no" if config.precision == "fp32" or sharing else config.precision
     group = InitProcessGroupKwargs(
         backend="nccl" if gpu else "gloo", timeout=timedelta(minutes=config.timeout_minutes)
     )
     return Accelerator(
-        cpu=not gpu,
+        cpu=not gpu and sharing is None,
+        deepspeed_plugin=sharing,
         mixed_precision=precision,
         gradient_accumulation_steps=config.accumulation,
         # accelerate takes a backend as a sign of a process group, which a process alone has not.

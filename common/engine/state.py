@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from common.config import flatten, to_dict
-from common.engine import checkpoint, parallel
+from common.engine import checkpoint, parallel, zero
 from common.engine.optim import load_named_state, named_state
 from common.errors import UserError
 from common.weights import load_state
@@ -25,6 +25,7 @@ _FREE = (
     "out",
     "resume",
     "parallel",
+    "offload",
     "profile",
     "weights",
     "log.",
@@ -86,13 +87,18 @@ def capture(trainer: Trainer) -> dict[str, Any]:
         UserError: a weight is not finite; such a state is not worth keeping.
     """
     model, scaler = trainer.plain_model, trainer.accelerator.scaler
-    weights = parallel.whole_state(model)
+    divided = trainer.config.parallel.startswith("zero")
+    weights = zero.weights(model) if divided else parallel.whole_state(model)
     finite = torch.stack([tensor.isfinite().all() for tensor in weights.values()]).all()
     if not finite:
         raise trainer.divergence("a weight is not finite")
     content: dict[str, Any] = {
         "model.safetensors": weights,
-        "optimizer.pt": named_state(model, trainer.optimizer),
+        "optimizer.pt": (
+            zero.named_state(model, trainer.prepared_optimizer.optimizer)
+            if divided
+            else named_state(model, trainer.optimizer)
+        ),
         "state.json": {
             "progress": asdict(trainer.progress),
             "identity": trainer.identity,
@@ -120,8 +126,13 @@ def restore(trainer: Trainer, path: Path) -> None:
             f"(then → now). Undo the change, or start anew from its weights: --weights {path} --out ANOTHER_FOLDER"
         )
     model = trainer.plain_model
-    _load(model, path, "model.safetensors")
-    load_named_state(model, trainer.optimizer, checkpoint.load(path, "optimizer.pt"))
+    optimizer = checkpoint.load(path, "optimizer.pt")
+    if trainer.config.parallel.startswith("zero"):
+        zero.load_weights(model, checkpoint.load(path, "model.safetensors"))
+        zero.load_named_state(model, trainer.prepared_optimizer.optimizer, optimizer)
+    else:
+        _load(model, path, "model.safetensors")
+        load_named_state(model, trainer.optimizer, optimizer)
     if trainer.ema:
         _load(trainer.ema.module, path, "ema.safetensors")
     if trainer.accelerator.scaler and state["scaler"]:

@@ -1,6 +1,6 @@
 """Show a model, or the table of all published ones.
 
-    python -m common.models resnet50_bat              layers, parameters, MACs, input size, accuracy, recipe
+    python -m common.models resnet50_bat              layers, parameters, MACs, activations, input, accuracy, recipe
     python -m common.models --all                     every model of this project
     python -m common.models --write docs/models.md    that table as a file
 
@@ -19,6 +19,7 @@ from common.errors import ConfigError, run_main
 from common.files import atomic_write
 from common.models.table import (
     Row,
+    activation_bytes,
     giga,
     import_models,
     input_size,
@@ -73,6 +74,7 @@ def describe(name: str, rows: list[Row], num_classes: int | None = None) -> str:
         f"input       {'×'.join(map(str, input_size(model)))}",
         f"parameters  {whole.params:,}",
         f"MACs        {giga(whole.macs)}",
+        f"activations {activation_bytes(model) / 2**20:.1f} MiB kept for the backward pass of one input, float32",
     ]
     for row in rows:
         if row.model == name and row.recipe:

@@ -102,14 +102,42 @@ def count_params(model: nn.Module) -> int:
 
 
 def input_size(model: nn.Module) -> tuple[int, ...]:
-    """Of one input, channels first: (C, H, W), for video (C, T, H, W)."""
+    """Of one input, channels first: (C, H, W), for video (C, T, H, W) with the published clips' T = 8."""
     cfg: Any = model.pretrained_cfg
-    return tuple(cfg["input_size"])
+    channels, *space = cfg["input_size"]
+    video = any(isinstance(module, nn.Conv3d) for module in model.modules())
+    return (channels, 8, *space) if video else (channels, *space)
 
 
 def count_macs(model: nn.Module) -> int:
     """Multiply-accumulates of one input of the model's own size; see :func:`counted_macs`."""
     return layers(model)[0].macs
+
+
+def activation_bytes(model: nn.Module) -> int:
+    """What a training step keeps of one float32 input for the backward pass, in bytes, by a :func:`meta_model`.
+
+    Counted where tensors are saved, each memory once, weights and buffers not at all. What modules hold only while they
+    run, and what the allocator adds, comes on top.
+    """
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Any] = {}  # the storages themselves: a freed one's address may come again
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    # Two inputs, since batch norm refuses to train on one position.
+    pair = torch.empty(2, *input_size(model), device=next(model.parameters()).device)
+    training = model.training
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.train()(pair)
+    finally:
+        model.train(training)
+    return sum(storage.nbytes() for storage in kept.values()) // 2
 
 
 @contextmanager

@@ -47,7 +47,12 @@ def draw_curves(metrics: Sequence[dict[str, Any]], path: Path) -> Path:
 
 
 def draw_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str], path: Path) -> Path:
-    """Draw a confusion matrix, rows the true classes; each row's shares are colours, small ones also carry counts."""
+    """Write :func:`confusion_figure` as PNG; returns its path."""
+    return _save(confusion_figure(confusion, classes), path)
+
+
+def confusion_figure(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure:
+    """A confusion matrix, rows the true classes; each row's shares are colours, small ones also carry counts."""
     counts = np.asarray(confusion)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     few = len(classes) <= 30
@@ -61,12 +66,13 @@ def draw_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str], p
         title=f"top-1 {100 * np.trace(counts) / max(counts.sum(), 1):.2f} %",
     )
     if few:
-        axis.set_xticks(range(len(classes)), classes, rotation=90 if max(map(len, classes)) > 3 else 0)
-        axis.set_yticks(range(len(classes)), classes)
+        names = [name.replace("$", r"\$") for name in classes]  # between dollars is mathematics to matplotlib
+        axis.set_xticks(range(len(classes)), names, rotation=90 if max(map(len, classes)) > 3 else 0)
+        axis.set_yticks(range(len(classes)), names)
         for row, column in zip(*np.nonzero(counts)):
             colour = "white" if shares[row, column] > 0.5 else "black"
             axis.text(column, row, counts[row, column], ha="center", va="center", fontsize=7, color=colour)
-    return _save(figure, path)
+    return figure
 
 
 def _save(figure: Figure, path: Path) -> Path:

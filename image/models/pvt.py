@@ -83,7 +83,7 @@ class PVTStage(nn.Module):
         grid = self.patch_embed.dynamic_feat_size(x.shape[-2:])
         tokens = self.patch_embed(x)
         if self.cls_token is not None:
-            tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], 1)
+            tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], 1)
         tokens = self.pos_drop(tokens + self.positions(grid))
         for block in self.blocks:
             tokens = checkpoint(block, tokens, grid) if self.grad_checkpointing else block(tokens, grid)

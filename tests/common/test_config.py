@@ -145,3 +145,16 @@ def test_help_explains_every_field(capsys):
     words = capsys.readouterr().out
     for text in ("Learning rate for the whole batch.", "How weights move", "--model.args", "default: 0.1"):
         assert text in words
+
+
+@pytest.mark.parametrize(
+    "words", [["--fast"], ["--fast", "--optim.lr=1"], ["--fast", "true"], ["--fast=true"]]
+)
+def test_a_switch_alone_is_on(words):
+    @dataclass
+    class Switched:
+        fast: bool = False
+        optim: Optim = field(default_factory=Optim)
+
+    assert parse(Switched, words)[0].fast
+    assert not parse(Switched, ["--fast", "false"])[0].fast

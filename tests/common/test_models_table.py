@@ -6,6 +6,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 import yaml
 
 from common.errors import ConfigError
@@ -13,6 +15,7 @@ from common.models.__main__ import describe, overview
 from common.models.table import (
     PAPERS,
     ROOT,
+    activation_bytes,
     count_macs,
     count_params,
     import_models,
@@ -194,6 +197,31 @@ def test_description():
 def test_description_of_any_timm_model(name):
     assert "published" not in describe(name, ROWS)
     assert "10 classes" in describe(name, ROWS, num_classes=10)
+
+
+def test_activations_are_what_autograd_keeps():
+    """Of a real network on real memory: its saved tensors, without the weights."""
+    model = timm.create_model("resnet18_bat", layers=[1] * 4, channels=[8] * 4, num_classes=5)
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.train()(torch.randn(2, 3, 224, 224))
+    real = sum(storage.nbytes() for place, storage in kept.items() if place not in own) / 2
+    meta = meta_model("resnet18_bat", layers=[1] * 4, channels=[8] * 4, num_classes=5)
+    assert activation_bytes(meta) == pytest.approx(real, rel=0.02)
+    assert not meta.training
+
+
+@pytest.mark.parametrize("name", ["c2d_resnet50_bat3d", "i3d_resnet50"])
+def test_description_of_video_models(name):
+    lines = describe(name, ROWS).splitlines()
+    assert "input       3×8×224×224" in lines
+    assert re.search(r"^activations \d+\.\d MiB ", "\n".join(lines), re.M)
 
 
 def test_description_of_no_model():

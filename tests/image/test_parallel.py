@@ -47,26 +47,49 @@ def test_fsdp_gives_the_losses_of_one_process(alone, digits, tmp_path, monkeypat
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["parallel"] == "fsdp"
 
 
-@pytest.mark.parametrize("first, then", [("fsdp", "ddp"), ("ddp", "fsdp"), ("fsdp", "fsdp")])
-def test_a_run_goes_on_in_another_mode(alone, digits, tmp_path, first, then):
+@pytest.mark.parametrize("mode", ["zero1", "zero2", "zero3"])
+def test_zero_gives_the_losses_of_one_process(alone, digits, tmp_path, monkeypatch, mode):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", mode[-1])
+    train(tmp_path / "run", digits, processes=2, train__accumulation=2 if mode == "zero2" else 1, **NORM_FREE)
+    assert_same_losses(tmp_path / "run", alone)
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["parallel"] == mode
+
+
+@pytest.mark.parametrize(
+    "first, then, processes",
+    [
+        ("fsdp", "ddp", 1),
+        ("ddp", "fsdp", 4),
+        ("fsdp", "zero1", 2),
+        ("zero1", "zero3", 2),
+        ("zero3", "zero2", 4),
+        ("zero2", "ddp", 1),
+    ],
+)
+def test_a_run_goes_on_in_another_mode(alone, digits, tmp_path, first, then, processes):
     folder = tmp_path / "run"
     process = start("image/train.py", processes=2, **settings(folder, digits, parallel=first, **NORM_FREE))
     wait_for_step(folder, 9, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=120)
-    done = train(folder, digits, processes=4 if then == "fsdp" else 1, parallel=then, **NORM_FREE)
+    mode = "auto" if then == "ddp" else then
+    done = train(folder, digits, processes=processes, parallel=mode, **NORM_FREE)
     assert "continuing" in done.stdout
     assert_same_losses(folder, alone)
 
 
-def test_fsdp_killed_and_resumed_is_bit_equal(digits, tmp_path):
+@pytest.mark.parametrize("mode", ["fsdp", "zero2", "zero3"])
+def test_killed_and_resumed_is_bit_equal(digits, tmp_path, mode):
+    """With batch norm and momentum, in fsdp also with EMA."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    train(whole, digits, processes=2, parallel="fsdp")
-    process = start("image/train.py", processes=2, **settings(killed, digits, parallel="fsdp"))
+    options = {"parallel": mode, "train__ema": 0.9 if mode == "fsdp" else 0}
+    train(whole, digits, processes=2, **options)
+    process = start("image/train.py", processes=2, **settings(killed, digits, **options))
     wait_for_step(killed, 10, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate(timeout=120)
-    train(killed, digits, processes=2, parallel="fsdp")
+    train(killed, digits, processes=2, **options)
     for split in ("train", "val"):
         assert metrics(killed, split) == metrics(whole, split)
     ours, theirs = (

@@ -35,7 +35,19 @@ def program(path, script):
 
 def call(repository, launcher, *arguments, **environment):
     """Call a launcher outside of any job."""
-    ours = ("SLURM_", "SBATCH_", "DATA", "IMAGENET", "KINETICS", "CIFAR", "VENV", "MODULES", "CONTAINER", "OUT", "RUNS")
+    ours = (
+        "SLURM_",
+        "SBATCH_",
+        "DATA",
+        "IMAGENET",
+        "KINETICS",
+        "CIFAR",
+        "VENV",
+        "MODULES",
+        "CONTAINER",
+        "OUT",
+        "RUNS",
+    )
     kept = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     kept |= {"PATH": f"{repository}/bin:{os.environ['PATH']}"} | environment
     command = ["bash", str(repository / "slurm" / f"{launcher}.sh"), *arguments]
