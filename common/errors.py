@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from kernels import KernelError
+
 
 class UserError(ValueError):
     """What was wrong, where, and what would be right, in one line."""
@@ -30,6 +32,9 @@ def run_main(main: Callable[[], int | None]) -> None:
     except UserError as error:
         _print(error)
         code = error.exit_code
+    except KernelError as error:
+        _print(ConfigError(str(error)))
+        code = ConfigError.exit_code
     except BrokenPipeError:  # `… | head` closed our output: not worth a traceback
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1

@@ -1,17 +1,19 @@
-"""The self-attention operators as the paper writes them: slow, plain, and the judge of everything faster.
+"""The operators as the papers write them: slow, plain, and the judge of everything faster.
 
-Zhao, Jia, Koltun, "Exploring Self-attention for Image Recognition", CVPR 2020, section 3.
-
-All of them slide a *footprint* of K = kernel_size² positions over a map, enumerated row by row. With
+Those of self-attention (Zhao, Jia, Koltun, "Exploring Self-attention for Image Recognition", CVPR 2020, section 3)
+slide a *footprint* of K = kernel_size² positions over a map, enumerated row by row. With
 padding p, stride s and dilation d, footprint position (u, v) of the output pixel (h, w) is the map's pixel
 (s·h + d·u − p, s·w + d·v − p); P = H'·W' counts the output pixels, H' = (H + 2p − d·(kernel_size − 1) − 1) // s + 1.
 Outside the map lies either its mirror image (``reflect``; the border pixel is not repeated, and a footprint
 larger than the map is reflected as often as it takes) or nothing but zeros (``zero``).
 
-Every dtype and device, any order of derivatives. A compiled kernel must give the same numbers.
+Every dtype and device, any order of derivatives; gradients that are written out say what a kernel's must be.
+A compiled kernel must give the same numbers.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -100,23 +102,224 @@ def aggregation(
         (N, Cv, H', W'); the other arguments and errors are those of :func:`subtraction`.
     """
     check_footprint("value", value, kernel_size, stride, padding, dilation, pad_mode)
-    check_alike("value", value, "weight", weight)
+    check_weight(value, weight, kernel_size, stride, padding, dilation)
     neighbours = footprint(value, kernel_size, stride, padding, dilation, pad_mode)
-    channels, positions, height, width = neighbours.shape[1:]
-    expected = (value.shape[0], positions, height * width)
-    if weight.dim() != 4 or (weight.shape[0], *weight.shape[2:]) != expected:
-        raise ValueError(
-            f"weight has shape {tuple(weight.shape)}, expected (N, Cw, K, P) with N, K, P = {expected}"
-        )
+    channels, _, height, width = neighbours.shape[1:]
     weight_channels = weight.shape[1]
-    if weight_channels < 1 or channels % weight_channels:
-        raise ValueError(
-            f"weight has shape {tuple(weight.shape)}: its {weight_channels} channels do not divide "
-            f"the {channels} of value"
-        )
     grouped = neighbours.unflatten(1, (channels // weight_channels, weight_channels))
     by_pixel = weight.unflatten(3, (height, width)).unsqueeze(1)
     return (grouped * by_pixel).sum(3).flatten(1, 2)
+
+
+def pairwise_attention(
+    centre: Tensor,
+    around: Tensor,
+    value: Tensor,
+    mix: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    to_weight: Tensor,
+    bias: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    eps: float,
+    kernel_size: int,
+    stride: int = 1,
+    dilation: int = 1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pairwise self-attention from two maps that are to be compared (section 3.1), without a map's padding.
+
+    For output pixel i and the pixel q at a position of its footprint: ``a = relu(centre[i] + around[q])``,
+    ``h = mix · a``, ``b = relu(norm(h))``, ``l = to_weight · b + bias``, a softmax of l over the footprint, and with
+    it the sum of ``value`` over the footprint. A batch norm before the first relu is a scale and shift of both maps.
+
+    Args:
+        centre: (N, I, H', W').
+        around: (N, I, H, W), padded already, H' = (H − dilation·(kernel_size − 1) − 1) // stride + 1.
+        value: (N, C, H, W), padded alike; its dtype may be another.
+        mix: (R, I).
+        gamma, beta: (R,), the batch norm's.
+        to_weight, bias: (Cw, R) and (Cw,); Cw divides C, channel c uses weight channel c mod Cw.
+        mean, variance: (R,), statistics for the batch norm; None for those of this batch.
+
+    Returns:
+        (N, C, H', W') of the dtype of ``value``; (N, Cw, H', W') the logarithm of each softmax's sum; (R,) and (R,)
+        the mean and the biased variance that the norm used.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    check_pairwise(centre, around, value, mix, gamma, beta, to_weight, bias, kernel_size, stride, dilation)
+    window = (kernel_size, stride, 0, dilation)
+    a = (centre.unsqueeze(2) + footprint(around, *window)).relu()
+    h = torch.einsum("ri,nikhw->nrkhw", mix, a)
+    if mean is None or variance is None:
+        variance, mean = torch.var_mean(h, (0, 2, 3, 4), correction=0)
+    normed = (h - _channel(mean)) * _channel(torch.rsqrt(variance + eps))
+    b = (normed * _channel(gamma) + _channel(beta)).relu()
+    logits = torch.einsum("or,nrkhw->nokhw", to_weight, b) + _channel(bias)
+    weight = logits.softmax(2).flatten(3)
+    y = aggregation(value.to(weight.dtype), weight, *window).to(value.dtype)
+    return y, logits.logsumexp(2), mean, variance
+
+
+def subtraction2_gradients(
+    of_y: Tensor, height: int, width: int, kernel_size: int, stride: int, dilation: int
+) -> tuple[Tensor, Tensor]:
+    """The gradients of the (N, C, height, width) maps of :func:`subtraction2` without padding."""
+    window = (kernel_size, stride, dilation)
+    sides = [output_side(side, kernel_size, stride, 0, dilation) for side in (height, width)]
+    of_y = of_y.unflatten(3, sides)
+    at_centre = torch.zeros_like(of_y)
+    at_centre[:, :, (kernel_size - 1) // 2 * (kernel_size + 1)] = of_y.sum(2)
+    return spread(at_centre, (height, width), *window), spread(-of_y, (height, width), *window)
+
+
+def aggregation_gradients(
+    of_y: Tensor, value: Tensor, weight: Tensor, kernel_size: int, stride: int, dilation: int
+) -> tuple[Tensor, Tensor]:
+    """The gradients of ``value`` and ``weight`` of :func:`aggregation` without padding."""
+    near = footprint(value, kernel_size, stride, 0, dilation).unflatten(1, (-1, weight.shape[1]))
+    of_y = of_y.unflatten(1, (-1, weight.shape[1])).unsqueeze(3)
+    by_pixel = weight.unflatten(3, of_y.shape[4:]).unsqueeze(1)
+    of_near = (of_y * by_pixel).flatten(1, 2)
+    of_value = spread(of_near, value.shape[2:], kernel_size, stride, dilation)
+    return of_value, (of_y * near).sum(1).flatten(3)
+
+
+def pairwise_attention_gradients(
+    of_y: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    batch_statistics: bool,
+    centre: Tensor,
+    around: Tensor,
+    value: Tensor,
+    mix: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    to_weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    kernel_size: int,
+    stride: int,
+    dilation: int,
+) -> tuple[Tensor, ...]:
+    """The gradients of ``centre`` … ``bias`` of :func:`pairwise_attention` from that of its first result.
+
+    Args:
+        mean, variance: what the norm used; whether of the batch says ``batch_statistics``.
+    """
+    window = (kernel_size, stride, dilation)
+    a = (centre.unsqueeze(2) + footprint(around, kernel_size, stride, 0, dilation)).relu()
+    h = torch.einsum("ri,nikhw->nrkhw", mix, a)
+    rstd = torch.rsqrt(variance + eps)
+    normed = (h - _channel(mean)) * _channel(rstd)
+    b = (normed * _channel(gamma) + _channel(beta)).relu()
+    weight = (torch.einsum("or,nrkhw->nokhw", to_weight, b) + _channel(bias)).softmax(2)
+
+    of_value, of_weight = aggregation_gradients(
+        of_y.to(weight.dtype), value.to(weight.dtype), weight.flatten(3), *window
+    )
+    of_weight = of_weight.view_as(weight)
+    of_logits = weight * (of_weight - (weight * of_weight).sum(2, keepdim=True))
+    of_norm = torch.einsum("or,nokhw->nrkhw", to_weight, of_logits) * (b > 0)
+    of_gamma, of_beta = ((of_norm * x).sum((0, 2, 3, 4)) for x in (normed, torch.ones_like(normed)))
+    of_h = of_norm
+    if batch_statistics:
+        count = h[:, 0].numel()
+        of_h = of_norm - _channel(of_beta / count) - normed * _channel(of_gamma / count)
+    of_h = of_h * _channel(gamma * rstd)
+    of_a = torch.einsum("ri,nrkhw->nikhw", mix, of_h) * (a > 0)
+    return (
+        of_a.sum(2),
+        spread(of_a, around.shape[2:], *window),
+        of_value.to(value.dtype),
+        torch.einsum("nrkhw,nikhw->ri", of_h, a),
+        of_gamma,
+        of_beta,
+        torch.einsum("nokhw,nrkhw->or", of_logits, b),
+        of_logits.sum((0, 2, 3, 4)),
+    )
+
+
+def bilinear_transform(x: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    """``(P ⊗ I) · x · (Q ⊗ I)`` for every channel, with the Kronecker products never formed.
+
+    With t = H/s and u = W/s, ``y[i·t + r, c·u + v] = Σ_j Σ_l P[i, j] · x[j·t + r, l·u + v] · Q[l, c]``:
+    two s×s contractions over a view of x. The sides of P and Q may differ.
+
+    Args:
+        x: (N, C, H, W), H a multiple of P's side and W of Q's.
+        p: (N, k, s, s), acts on the rows; group g of k serves the channels g·C/k … (g+1)·C/k − 1.
+        q: (N, k, s, s), acts on the columns, in the same groups.
+
+    Returns:
+        (N, C, H, W).
+
+    Chi et al., "Non-Local Neural Networks With Grouped Bilinear Attentional Transforms", CVPR 2020.
+    """
+    n, channels, height, width = x.shape
+    groups, rows, columns = p.shape[1], p.shape[-1], q.shape[-1]
+    split = (n, groups, channels // groups, rows, height // rows, columns, width // columns)
+    rows_first = x.reshape(split).permute(0, 1, 3, 5, 2, 4, 6).reshape(n * groups, rows, -1)
+    y = torch.bmm(p.reshape(n * groups, rows, rows), rows_first)
+    # The right-hand contraction is also a left product, by Qᵀ, once the columns are the rows of a matrix.
+    y = q.mT.reshape(n * groups, 1, columns, columns) @ y.reshape(n * groups, rows, columns, -1)
+    y = y.reshape(n, groups, rows, columns, *split[2::2]).permute(0, 1, 4, 2, 5, 3, 6)
+    y = y.reshape(n, channels, height, width)
+    # With sides that vary, inductor (torch 2.14) cannot keep a view for a convolution's backward: make a tensor.
+    return y.contiguous(memory_format=torch.channels_last) if torch.compiler.is_compiling() else y
+
+
+def bilinear_transform_gradients(
+    of_y: Tensor, x: Tensor, p: Tensor, q: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, P and Q of :func:`bilinear_transform`."""
+    groups, rows, columns = p.shape[1], p.shape[-1], q.shape[-1]
+
+    def matrices(maps: Tensor) -> Tensor:
+        """Every X of a map: (N, k, C/k, t, u, rows, columns)."""
+        cells = maps.unflatten(3, (columns, -1)).unflatten(2, (rows, -1)).unflatten(1, (groups, -1))
+        return cells.permute(0, 1, 2, 4, 6, 3, 5)
+
+    at_x, at_y = matrices(x), matrices(of_y)
+    of_p = torch.einsum("ngctuik,ngctujl,nglk->ngij", at_y, at_x, q)
+    of_q = torch.einsum("ngij,ngctujl,ngctuik->nglk", p, at_x, at_y)
+    return bilinear_transform(of_y, p.mT, q.mT), of_p, of_q
+
+
+def check_transform(x: Tensor, p: Tensor, q: Tensor) -> None:
+    """Raise ValueError unless the arguments of :func:`bilinear_transform` fit each other."""
+    if x.dim() != 4:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (N, C, H, W)")
+    for name, matrix, side in (("p", p, x.shape[2]), ("q", q, x.shape[3])):
+        fits = matrix.dim() == 4 and matrix.shape[0] == x.shape[0] and matrix.shape[2] == matrix.shape[3]
+        if not fits or matrix.shape[1] != p.shape[1]:
+            raise ValueError(f"{name} has shape {tuple(matrix.shape)}, expected ({x.shape[0]}, k, s, s)")
+        if x.shape[1] % matrix.shape[1] or side % matrix.shape[3]:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}: {name} of shape {tuple(matrix.shape)} does not divide it"
+            )
+        if matrix.device != x.device:
+            raise ValueError(f"{name} is on {matrix.device}, expected {x.device} as x")
+
+
+def weighted_sum(query: Tensor, value: Tensor) -> Tensor:
+    """``Σ_l softmax_l(query)[l] · value[l]``, the sum of NOAH's heads: (…, L) and (…, L) → (…).
+
+    Li, Zhou and Yao, "NOAH: A New Head Structure To Improve Deep Neural Networks For Image Classification".
+    """
+    return (query.softmax(-1) * value).sum(-1)
+
+
+def check_rows(query: Tensor, value: Tensor) -> None:
+    """Raise ValueError unless the arguments of :func:`weighted_sum` fit each other."""
+    check_alike("query", query, "value", value)
+    if query.shape != value.shape or query.dim() < 1 or query.shape[-1] < 1:
+        raise ValueError(
+            f"query has shape {tuple(query.shape)} and value {tuple(value.shape)}, expected (…, L) twice"
+        )
 
 
 def footprint(
@@ -133,6 +336,21 @@ def footprint(
     for dim in (2, 3):
         windows = windows.unfold(dim, dilation * (kernel_size - 1) + 1, stride)[..., ::dilation]
     return windows.permute(0, 1, 4, 5, 2, 3).flatten(2, 3)
+
+
+def spread(x: Tensor, sides: Sequence[int], kernel_size: int, stride: int, dilation: int) -> Tensor:
+    """The gradient of :func:`footprint` without padding: (N, C, K, H', W') → (N, C, \\*sides)."""
+    total = x.new_zeros((*x.shape[:2], *sides))
+    rows, columns = (stride * (side - 1) + 1 for side in x.shape[3:])
+    for position, part in enumerate(x.unbind(2)):
+        u, v = (dilation * offset for offset in divmod(position, kernel_size))
+        total[:, :, u : u + rows : stride, v : v + columns : stride] += part
+    return total
+
+
+def _channel(x: Tensor) -> Tensor:
+    """(C,) for tensors (N, C, K, H, W)."""
+    return x.view(-1, 1, 1, 1)
 
 
 def pad(x: Tensor, padding: int, pad_mode: str = "reflect") -> Tensor:
@@ -170,6 +388,68 @@ def check_footprint(
         raise ValueError(
             f"{name} has shape {tuple(x.shape)}: too small for kernel_size {kernel_size}, "
             f"dilation {dilation}, padding {padding}"
+        )
+
+
+def check_weight(
+    value: Tensor, weight: Tensor, kernel_size: int, stride: int, padding: int | None, dilation: int
+) -> None:
+    """Raise ValueError unless ``weight`` fits ``value`` in :func:`aggregation`."""
+    check_alike("value", value, "weight", weight)
+    padding = same_padding(kernel_size, dilation) if padding is None else padding
+    height, width = (output_side(side, kernel_size, stride, padding, dilation) for side in value.shape[2:])
+    expected = (value.shape[0], kernel_size**2, height * width)
+    if weight.dim() != 4 or (weight.shape[0], *weight.shape[2:]) != expected:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}, expected (N, Cw, K, P) with N, K, P = {expected}"
+        )
+    if weight.shape[1] < 1 or value.shape[1] % weight.shape[1]:
+        raise ValueError(
+            f"weight has shape {tuple(weight.shape)}: its {weight.shape[1]} channels do not divide "
+            f"the {value.shape[1]} of value"
+        )
+
+
+def check_pairwise(
+    centre: Tensor,
+    around: Tensor,
+    value: Tensor,
+    mix: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    to_weight: Tensor,
+    bias: Tensor,
+    kernel_size: int,
+    stride: int,
+    dilation: int,
+) -> None:
+    """Raise ValueError unless the arguments of :func:`pairwise_attention` fit each other."""
+    for name, x in (("around", around), ("value", value)):
+        check_footprint(name, x, kernel_size, stride, 0, dilation, "zero")
+    images, inputs, *sides = around.shape
+    hidden, weights = mix.shape[0], to_weight.shape[0]
+    output = tuple(output_side(side, kernel_size, stride, 0, dilation) for side in sides)
+    expected = {
+        "centre": (centre, (images, inputs, *output)),
+        "value": (value, (images, value.shape[1], *sides)),
+        "mix": (mix, (hidden, inputs)),
+        "gamma": (gamma, (hidden,)),
+        "beta": (beta, (hidden,)),
+        "to_weight": (to_weight, (weights, hidden)),
+        "bias": (bias, (weights,)),
+    }
+    for name, (x, shape) in expected.items():
+        if tuple(x.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, expected {shape}")
+        if x.device != around.device or (name != "value" and x.dtype != around.dtype):
+            raise ValueError(
+                f"{name}, shape {shape}, is {x.dtype} on {x.device}, "
+                f"expected {around.dtype} on {around.device} as around"
+            )
+    if weights < 1 or value.shape[1] % weights:
+        raise ValueError(
+            f"to_weight has shape {tuple(to_weight.shape)}: its {weights} channels do not divide "
+            f"the {value.shape[1]} of value"
         )
 
 

@@ -9,32 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def bilinear_transform(x: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    """``(P ⊗ I) · x · (Q ⊗ I)`` for every channel, with the Kronecker products never formed.
-
-    With t = H/s and u = W/s, ``y[i·t + r, c·u + v] = Σ_j Σ_l P[i, j] · x[j·t + r, l·u + v] · Q[l, c]``:
-    two s×s contractions over a view of x. The sides of P and Q may differ.
-
-    Args:
-        x: (N, C, H, W), H a multiple of P's side and W of Q's.
-        p: (N, k, s, s), acts on the rows; group g of k serves the channels g·C/k … (g+1)·C/k − 1.
-        q: (N, k, s, s), acts on the columns, in the same groups.
-
-    Returns:
-        (N, C, H, W).
-    """
-    n, channels, height, width = x.shape
-    groups, rows, columns = p.shape[1], p.shape[-1], q.shape[-1]
-    split = (n, groups, channels // groups, rows, height // rows, columns, width // columns)
-    rows_first = x.reshape(split).permute(0, 1, 3, 5, 2, 4, 6).reshape(n * groups, rows, -1)
-    y = torch.bmm(p.reshape(n * groups, rows, rows), rows_first)
-    # The right-hand contraction is also a left product, by Qᵀ, once the columns are the rows of a matrix.
-    y = q.mT.reshape(n * groups, 1, columns, columns) @ y.reshape(n * groups, rows, columns, -1)
-    y = y.reshape(n, groups, rows, columns, *split[2::2]).permute(0, 1, 4, 2, 5, 3, 6)
-    y = y.reshape(n, channels, height, width)
-    # With sides that vary, inductor (torch 2.14) cannot keep a view for a convolution's backward: make a tensor.
-    return y.contiguous(memory_format=torch.channels_last) if torch.compiler.is_compiling() else y
+from kernels.bat import bilinear_transform
 
 
 def conv_bn_relu(in_channels: int, out_channels: int) -> nn.Sequential:

@@ -9,6 +9,8 @@ from math import gcd
 
 from torch import Tensor, nn
 
+from kernels.noah import weighted_sum
+
 
 class NOAH(nn.Module):
     """A classifier that weighs the positions of a feature map for every class, by several small heads.
@@ -68,9 +70,9 @@ class NOAH(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(N, C, \\*positions), any number of position dimensions → logits (N, classes)."""
-        attention = self.attention(features)
+        query = self._maps(self.query, features[:, : self.query_features])
         value = self._maps(self.value, features[:, self.in_features - self.value_features :])
-        return (attention * self.dropout(value)).sum((1, 3))
+        return weighted_sum(query, self.dropout(value)).sum(1)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, num_classes={self.num_classes}, heads={self.heads}"

@@ -5,7 +5,8 @@ Zhao, Jia, Koltun, "Exploring Self-attention for Image Recognition", CVPR 2020, 
 Each module has two paths with the same result. ``reference`` is the definition, written with the operators
 of :mod:`kernels.reference`; it holds several tensors with a value per pixel *and* footprint position.
 ``fused`` goes through the map in tiles that fit the cache, with the batch norms folded into scales and shifts.
-In evaluation it never holds such a tensor whole; in training at most one, and recomputes the others.
+In evaluation it never holds such a tensor whole; in training at most one, and recomputes the others. Where the
+operators of :mod:`kernels` have a kernel, it calls them instead of going through tiles.
 
 Shapes: K = kernel_size², P = H'·W' output pixels, Cw = out_channels / share.
 """
@@ -21,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from kernels import pairwise, san
 from kernels.reference import aggregation, footprint, output_side, pad, same_padding, subtraction2
 
 Grid = list[list[Tensor]]
@@ -74,7 +76,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) → (N, out_channels, H', W') with H' = (H − 1) // stride + 1."""
-        return self.fused(x) if self._can_fuse() else self.reference(x)
+        return self.fused(x) if self._can_fuse(x) else self.reference(x)
 
     def reference(self, x: Tensor) -> Tensor:
         """The definition: the values under the footprint, summed with the attention weights."""
@@ -94,11 +96,15 @@ class SelfAttention(nn.Module):
         """The same as :meth:`reference`, in tiles."""
         raise NotImplementedError
 
-    def _can_fuse(self) -> bool:
+    def _can_fuse(self, x: Tensor) -> bool:
         """Norms of other kinds (synchronised ones) need the definition; a compiler finds its own tiles."""
         norms = (self.conv_w[0], self.conv_w[3])
         plain = all(type(norm) is nn.BatchNorm2d and norm.affine for norm in norms)
-        return plain and not torch.compiler.is_compiling()
+        return plain and (not torch.compiler.is_compiling() or self._runs_kernel(x))
+
+    def _runs_kernel(self, value: Tensor) -> bool:
+        """Whether :mod:`kernels` has what makes tiles of ``value`` unnecessary."""
+        return False
 
     def _at_centre(self, x: Tensor) -> Tensor:
         return x[:, :, :: self.stride, :: self.stride].contiguous()
@@ -153,6 +159,8 @@ class PairwiseAttention(SelfAttention):
 
         scale1, shift1 = folded(norm1, count, lambda: self._difference_moments(centre, around))
         centre, around = per_channel(scale1) * centre + per_channel(shift1), per_channel(-scale1) * around
+        if self._runs_kernel(value):
+            return self._by_kernel(centre, around, value)
         centres, arounds, values = self._tiles(centre, [around, value], centre.shape[1])
 
         def hidden_of(centre: Tensor, around: Tensor) -> Tensor:
@@ -169,6 +177,27 @@ class PairwiseAttention(SelfAttention):
         if hidden:
             return joined(over(output_of, hidden, values))
         return joined(over(lambda c, a, v: output_of(hidden_of(c, a), v), centres, arounds, values))
+
+    def _runs_kernel(self, value: Tensor) -> bool:
+        to_weight: Any = self.conv_w[5]
+        weights, hidden = to_weight.weight.shape[:2]
+        channels = self.conv3.out_channels
+        return pairwise.runs(value.device, hidden + 2, hidden, weights, channels, value.dtype)
+
+    def _by_kernel(self, centre: Tensor, around: Tensor, value: Tensor) -> Tensor:
+        layers: Any = self.conv_w
+        mix, norm, to_weight = layers[2], layers[3], layers[5]
+        known = (None, None) if uses_batch(norm) else (norm.running_mean, norm.running_var)
+        weights = (mix.weight.flatten(1), norm.weight, norm.bias, to_weight.weight.flatten(1), to_weight.bias)
+        exact = torch.promote_types(value.dtype, torch.float32)
+        centre, around, *parameters = (x.to(exact) for x in (centre, around, *weights))
+        y, _, mean, variance = pairwise.pairwise_attention(
+            centre, around, value, *parameters, *known, norm.eps, *self._window
+        )
+        if norm.training and norm.track_running_stats:
+            count = centre[:, 0].numel() * self.kernel_size**2
+            update_running(norm, mean, variance * (count / (count - 1)))
+        return y
 
     def _compared(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What is subtracted from each other: features and, as two more channels, the mapped position.
@@ -336,6 +365,8 @@ def grouped(padded: Tensor, weight_channels: int, window: tuple[int, ...]) -> li
 
 def aggregated(weight: Tensor, padded: Tensor, *window: int) -> Tensor:
     """Aggregation of the dtype of ``padded``, summed in float32 if that is finer."""
+    if san.runs(padded.device, padded.dtype):
+        return san.padded_aggregation(padded, weight.flatten(3).to(padded.dtype), *window)
     exact = torch.promote_types(padded.dtype, torch.float32)
     return Aggregation.apply(weight.to(exact), padded.to(exact), *window).to(padded.dtype)
 

@@ -228,3 +228,25 @@ def test_position_map() -> None:
 def test_wrong_sizes_are_named(kind: type[SelfAttention], sizes: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kind(**{"in_channels": 8, "rel_channels": 4, "out_channels": 16, **sizes})
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_kernels_operators_are_the_definition(
+    kind: type[SelfAttention], window: dict[str, int], training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path that a GPU takes, with the operators' reference in the kernels' place."""
+    monkeypatch.setattr(san.pairwise, "runs", lambda *_: True)
+    monkeypatch.setattr(san.san, "runs", lambda *_: True)
+    called: list[str] = []
+    for room, operator in ((san.pairwise, "pairwise_attention"), (san.san, "padded_aggregation")):
+        original = getattr(room, operator)
+        monkeypatch.setattr(room, operator, lambda *a, o=original: (called.append(o), o(*a))[1])
+    module = made(kind, **window).train(training)
+    x = torch.randn(3, 12, 7, 9, dtype=torch.float64)
+    output, after = run(module, "forward", x)
+    assert called
+    expected, expected_after = run(module, "reference", x)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(after, expected_after)

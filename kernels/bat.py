@@ -1,0 +1,132 @@
+"""The bilinear attentional transform as an operator: P · x · Q in one pass over x, forward and backward.
+
+On CUDA it runs the kernels of ``cuda/bat.cu``, on maps that lie channels first or last, elsewhere
+:func:`kernels.reference.bilinear_transform`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from kernels import reference, runtime
+from kernels.runtime import TYPES, Kernel
+
+SOURCE = "bat.cu"
+THREADS = 128
+LARGEST_SIDE = 8
+"""Of P and Q: a thread holds a matrix of so many rows and columns in registers."""
+
+
+class Maps(ctypes.Structure):
+    """Strides in numbers, and sizes; as in the source."""
+
+    _fields_ = [
+        *((name, ctypes.c_longlong) for name in ("of_image", "of_channel", "of_row", "of_column")),
+        *(
+            (name, ctypes.c_int)
+            for name in ("images", "channels", "groups", "height", "width", "channels_last")
+        ),
+    ]
+
+
+@torch.compiler.assume_constant_result
+def runs(device: torch.device, rows: int, columns: int, dtype: torch.dtype) -> bool:
+    """Whether a kernel runs for P of ``rows``² and Q of ``columns``² (see :func:`kernels.runtime.runs`)."""
+    lacking = None
+    if dtype not in TYPES:
+        lacking = f"{dtype} is not a type of the BAT kernels"
+    elif max(rows, columns) > LARGEST_SIDE:
+        lacking = f"P and Q of sides {rows} and {columns} have no kernel, at most {LARGEST_SIDE} have"
+    return runtime.runs(device, lacking)
+
+
+def bilinear_transform(x: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    """See :func:`kernels.reference.bilinear_transform`; P and Q may be of a finer dtype than x."""
+    if not runs(x.device, p.shape[-1], q.shape[-1], x.dtype):
+        return reference.bilinear_transform(x, p, q)
+    reference.check_transform(x, p, q)
+    exact = torch.promote_types(x.dtype, torch.float32)
+    return transform(x, p.to(exact), q.to(exact))
+
+
+@torch.library.custom_op("pairwise::bilinear_transform", mutates_args=())
+def transform(x: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    """:func:`bilinear_transform` with P and Q in float32, or finer as x; the result lies in memory as x does."""
+    y = reference.bilinear_transform(x.to(p.dtype), p, q)
+    return torch.empty_like(_dense(x)).copy_(y)
+
+
+@torch.library.custom_op("pairwise::bilinear_transform_gradients", mutates_args=())
+def transform_gradients(of_y: Tensor, x: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, P and Q."""
+    of_x, of_p, of_q = reference.bilinear_transform_gradients(of_y.to(p.dtype), x.to(p.dtype), p, q)
+    return torch.empty_like(_dense(x)).copy_(of_x), of_p, of_q
+
+
+@transform.register_fake
+def _(x, p, q):  # type: ignore[no-untyped-def]
+    return torch.empty_like(_dense(x))
+
+
+@transform_gradients.register_fake
+def _(of_y, x, p, q):  # type: ignore[no-untyped-def]
+    return torch.empty_like(_dense(x)), p.new_empty(p.shape), q.new_empty(q.shape)
+
+
+def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, of_y):  # type: ignore[no-untyped-def]
+    return transform_gradients(of_y, *ctx.saved_tensors)
+
+
+transform.register_autograd(_backward, setup_context=_keep)
+
+
+@transform.register_kernel("cuda")
+def transform_by_kernel(x: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    """:func:`transform` by the kernel."""
+    x = _dense(x)
+    return _transformed(x, p, q)
+
+
+@transform_gradients.register_kernel("cuda")
+def gradients_by_kernels(of_y: Tensor, x: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`transform_gradients` by the kernels."""
+    x, p, q = _dense(x), p.contiguous(), q.contiguous()
+    of_y = torch.empty_like(x).copy_(of_y)  # lies as x does
+    of_x = _transformed(of_y, p.mT, q.mT)
+    of_p, of_q = torch.empty_like(p), torch.empty_like(q)
+    blocks = p.shape[0] * p.shape[1]
+    _launch("gradient_p", blocks, p, q, x, q, of_y, of_p, _maps(x, p))
+    _launch("gradient_q", blocks, p, q, x, p, of_y, of_q, _maps(x, p))
+    return of_x, of_p, of_q
+
+
+def _transformed(x: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    y = torch.empty_like(x)
+    matrices = x.numel() // (p.shape[-1] * q.shape[-1])
+    _launch("transform", -(-matrices // THREADS), p, q, x, p.contiguous(), q.contiguous(), y, _maps(x, p))
+    return y
+
+
+def _dense(x: Tensor) -> Tensor:
+    """``x`` if it lies in memory channels first or last without gaps, else a copy that does."""
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    return x if x.is_contiguous() or last else x.contiguous()
+
+
+def _maps(x: Tensor, p: Tensor) -> Maps:
+    images, channels, height, width = x.shape
+    return Maps(*x.stride(), images, channels, p.shape[1], height, width, int(not x.is_contiguous()))
+
+
+def _launch(name: str, blocks: int, p: Tensor, q: Tensor, *arguments: Tensor | Maps) -> None:
+    first = arguments[0]
+    assert isinstance(first, Tensor)
+    defines = (("S_ROWS", str(p.shape[-1])), ("S_COLUMNS", str(q.shape[-1])), ("VALUE", TYPES[first.dtype]))
+    runtime.launch(Kernel(SOURCE, name, defines), blocks, (THREADS, 1, 1), 0, *arguments)

@@ -1,0 +1,83 @@
+"""Every CUDA source compiles for every supported architecture, with NVRTC, on a machine without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels import bat, noah, pairwise, runtime, san
+from tests.kernels.cases import SAN_STAGES, SMALL, Module
+from tests.kernels.emulator import names
+
+pytest.importorskip("cupy")
+pytestmark = pytest.mark.xdist_group("compile")
+
+
+@pytest.fixture(autouse=True)
+def no_cache(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+def check(source: str, defines: tuple[tuple[str, str], ...], architecture: str) -> None:
+    code = runtime.compiled(source, defines, architecture)
+    assert code[:4] == b"\x7fELF"
+    assert names(source)
+    for name in names(source):
+        assert f".text.{name}".encode() in code
+
+
+@pytest.mark.parametrize("architecture", runtime.ARCHITECTURES)
+@pytest.mark.parametrize("value", runtime.TYPES)
+def test_subtraction_and_aggregation(value: torch.dtype, architecture: str) -> None:
+    check(san.SOURCE, (("VALUE", runtime.TYPES[value]),), architecture)
+
+
+@pytest.mark.parametrize("architecture", runtime.ARCHITECTURES)
+@pytest.mark.parametrize("value", runtime.TYPES)
+def test_weighted_sum(value: torch.dtype, architecture: str) -> None:
+    check(noah.SOURCE, (("VALUE", runtime.TYPES[value]),), architecture)
+
+
+@pytest.mark.parametrize("architecture", runtime.ARCHITECTURES)
+@pytest.mark.parametrize("value", [torch.float32, torch.bfloat16])
+def test_bilinear_transform(value: torch.dtype, architecture: str) -> None:
+    check(bat.SOURCE, (("S_ROWS", "7"), ("S_COLUMNS", "7"), ("VALUE", runtime.TYPES[value])), architecture)
+
+
+def defines_of(module: Module, value: torch.dtype) -> tuple[tuple[str, str], ...]:
+    how = pairwise.plan(*module[:3], module.share * module.weights, value)
+    assert isinstance(how, pairwise.Plan)
+    return how.defines
+
+
+@pytest.mark.parametrize("architecture", runtime.ARCHITECTURES)
+def test_pairwise_attention(architecture: str) -> None:
+    check(pairwise.SOURCE, defines_of(SAN_STAGES[0], torch.bfloat16), architecture)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", runtime.ARCHITECTURES)
+@pytest.mark.parametrize("value", runtime.TYPES)
+@pytest.mark.parametrize("module", SAN_STAGES + SMALL, ids=str)
+def test_pairwise_attention_of_every_module(module: Module, value: torch.dtype, architecture: str) -> None:
+    check(pairwise.SOURCE, defines_of(module, value), architecture)
+
+
+def test_what_was_compiled_is_kept(tmp_path, monkeypatch) -> None:
+    defines = (("VALUE", "float"),)
+    code = runtime.compiled(san.SOURCE, defines, "sm_90")
+    (file,) = runtime.cache_folder().iterdir()
+    assert file.read_bytes() == code
+    file.write_bytes(b"from the cache")
+    assert runtime.compiled(san.SOURCE, defines, "sm_90") == b"from the cache"
+    assert runtime.compiled(san.SOURCE, defines, "sm_80") != b"from the cache"
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch) -> None:
+    (tmp_path / "pairwise").write_text("in the way")
+    check(san.SOURCE, (("VALUE", "float"),), "sm_90")
+
+
+def test_what_does_not_compile_says_why() -> None:
+    with pytest.raises(RuntimeError, match=r"san.cu with \{'VALUE': 'quaternion'\}[\s\S]*undefined"):
+        runtime.compiled(san.SOURCE, (("VALUE", "quaternion"),), "sm_90")

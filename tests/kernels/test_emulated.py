@@ -1,0 +1,207 @@
+"""The CUDA sources, compiled by g++ and run thread by thread on the CPU, against the float64 reference.
+
+Also the Python around them: sizes of grids and shared memory, sums of partial results. What this cannot show is what
+the hardware does with many warps at once: tests/gpu does.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kernels import bat, noah, pairwise, reference, runtime, san
+from tests.kernels import emulator
+from tests.kernels.cases import (
+    GEOMETRIES,
+    SAN_STAGES,
+    SMALL,
+    TOLERANCES,
+    TRANSFORMS,
+    Geometry,
+    Module,
+    Pairwise,
+    assert_close,
+    pairwise_case,
+    san_case,
+    transform_case,
+)
+
+pytestmark = pytest.mark.xdist_group("emulator")  # one process compiles
+RESULTS = ("y", "log_sum", "mean", "variance")
+INPUTS = ("centre", "around", "value", "mix", "gamma", "beta", "to_weight", "bias")
+
+
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "launch", emulator.launch)
+
+
+def by_kernels(case: Pairwise) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    results = pairwise.forward_by_kernels(*case.tensors, *case.statistics, *case.rest)
+    training = case.statistics[0] is None
+    gradients = pairwise.gradients_by_kernels(case.of_y, *results, training, *case.tensors, *case.rest)
+    return list(results), list(gradients)
+
+
+def check_pairwise(case: Pairwise, dtype: torch.dtype) -> None:
+    results, gradients = by_kernels(case)
+    exact = case.exact()
+    wanted = reference.pairwise_attention(*exact.tensors, *exact.statistics, *exact.rest)
+    for name, result, want in zip(RESULTS, results, wanted):
+        assert_close(result, want.detach(), dtype, name)
+    wanted_gradients = torch.autograd.grad(wanted[0], exact.tensors, exact.of_y)
+    for name, result, want in zip(INPUTS, gradients, wanted_gradients):
+        # The softmax takes the bias out again: its gradient is a sum that is nothing but rounding.
+        like = wanted_gradients[INPUTS.index("to_weight")] if name == "bias" else None
+        assert_close(result, want, dtype, f"gradient of {name}", like)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("module", SAN_STAGES + SMALL, ids=str)
+def test_pairwise_attention_of_every_module(module: Module, training: bool) -> None:
+    check_pairwise(pairwise_case(module, Geometry(5, 7, 3), torch.float32, training), torch.float32)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_pairwise_attention_of_every_geometry(geometry: Geometry) -> None:
+    check_pairwise(pairwise_case(SMALL[0], geometry, torch.float64), torch.float64)
+
+
+@pytest.mark.parametrize("value", [torch.float16, torch.bfloat16])
+def test_pairwise_attention_in_half_precision(value: torch.dtype) -> None:
+    check_pairwise(pairwise_case(SAN_STAGES[1], Geometry(4, 9, 3), value), value)
+
+
+def test_pairwise_attention_of_one_image_and_of_none() -> None:
+    check_pairwise(pairwise_case(SMALL[0], Geometry(2, 3, 3), torch.float64, images=1), torch.float64)
+
+
+def test_large_differences_neither_overflow_nor_cancel() -> None:
+    """Hidden values far from zero, and logits whose exponentials overflow."""
+    case = pairwise_case(SMALL[0], Geometry(5, 7, 3), torch.float32)
+    case.tensors[0] += 100
+    case.tensors[6] *= 100
+    results, _ = by_kernels(case)
+    exact = case.exact()
+    wanted = reference.pairwise_attention(*exact.tensors, *exact.statistics, *exact.rest)
+    assert torch.isfinite(results[0]).all()
+    torch.testing.assert_close(results[3].double(), wanted[3].detach(), rtol=1e-4, atol=0)
+
+
+def test_nothing_outside_the_tensors_is_read() -> None:
+    """Every tensor lies between NaNs."""
+    case = pairwise_case(SAN_STAGES[1], Geometry(3, 5, 3, stride=2, spare=1), torch.float32)
+    fenced = case._replace(tensors=[between_nans(x) for x in case.tensors], of_y=between_nans(case.of_y))
+    for results, wanted in zip(by_kernels(fenced), by_kernels(case)):
+        for result, want in zip(results, wanted):
+            assert torch.equal(result, want)
+    a, b, weight = (between_nans(x) for x in san_case(Geometry(4, 5, 3), torch.float32))
+    assert san.subtraction2_by_kernel(a, b, 3, 1, 1).isfinite().all()
+    assert san.aggregation_by_kernel(a, weight, 3, 1, 1).isfinite().all()
+
+
+def between_nans(x: torch.Tensor) -> torch.Tensor:
+    memory = x.new_full((x.numel() + 256,), torch.nan)
+    inside = memory[128 : 128 + x.numel()].view(x.shape)
+    return inside.copy_(x)
+
+
+def test_a_nan_stays_where_it_is_seen() -> None:
+    case = pairwise_case(SMALL[0], Geometry(4, 8, 3), torch.float32, training=False)
+    case.tensors[1][0, 0, 2, 2] = torch.nan  # a padded pixel that the first three rows' footprints meet
+    y = by_kernels(case)[0][0]
+    seen = torch.zeros(4, 8, dtype=torch.bool)
+    seen[:3, :3] = True
+    assert torch.equal(y[0].isnan().any(0), seen)
+    assert y[1].isfinite().all()
+
+
+def test_memory_layouts() -> None:
+    case = pairwise_case(SMALL[1], Geometry(4, 5, 3), torch.float32)
+    strided = [x.to(memory_format=torch.channels_last) if x.dim() == 4 else x for x in case.tensors]
+    strided[3] = strided[3].t().contiguous().t()
+    other = case._replace(tensors=strided, of_y=case.of_y.transpose(2, 3).contiguous().transpose(2, 3))
+    for results, wanted in zip(by_kernels(other), by_kernels(case)):
+        for result, want in zip(results, wanted):
+            assert torch.equal(result, want)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_subtraction_and_aggregation(geometry: Geometry, dtype: torch.dtype) -> None:
+    a, b, weight = san_case(geometry, dtype)
+    exact = [x.double().requires_grad_() for x in (a, b, weight)]
+    window, sides = geometry.window, a.shape[2:]
+    reference_window = (geometry.kernel_size, geometry.stride, 0, geometry.dilation)
+
+    y, want = san.subtraction2_by_kernel(a, b, *window), reference.subtraction2(*exact[:2], *reference_window)
+    assert_close(y, want.detach(), dtype, "subtraction2")
+    gradients = san.subtraction2_gradients_by_kernel(y, *sides, *window)
+    for result, of_exact in zip(gradients, torch.autograd.grad(want, exact[:2], y.double())):
+        assert_close(result, of_exact, dtype, "gradient of subtraction2")
+
+    y, want = (
+        san.aggregation_by_kernel(a, weight, *window),
+        reference.aggregation(exact[0], exact[2], *reference_window),
+    )
+    assert_close(y, want.detach(), dtype, "aggregation")
+    gradients = san.aggregation_gradients_by_kernel(y, a, weight, *window)
+    for result, of_exact in zip(gradients, torch.autograd.grad(want, [exact[0], exact[2]], y.double())):
+        assert_close(result, of_exact, dtype, "gradient of aggregation")
+
+
+def test_more_channels_than_a_thread_sums_at_once() -> None:
+    value, weight = torch.randn(1, 22, 5, 5), torch.randn(1, 2, 9, 9)
+    torch.testing.assert_close(
+        san.aggregation_by_kernel(value, weight, 3, 1, 1), reference.aggregation(value, weight, 3, 1, 0)
+    )
+
+
+def test_a_block_says_how_much_shared_memory_it_needs() -> None:
+    """The emulator ends the process when more is written; less would do is no reason to ask for too much."""
+    for module in SAN_STAGES:
+        how = pairwise.plan(*module[:3], module.share * module.weights, torch.float32)
+        assert isinstance(how, pairwise.Plan)
+        assert how.shared_bytes <= 99 << 10  # what the smallest supported devices have
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("sizes", TRANSFORMS, ids=str)
+def test_bilinear_transform(sizes: tuple, dtype: torch.dtype, channels_last: bool) -> None:
+    x, p, q, of_y = transform_case(sizes, dtype)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    y = bat.transform_by_kernel(x, p, q)
+    assert y.stride() == x.stride()
+    exact = [t.double().requires_grad_() for t in (x, p, q)]
+    want = reference.bilinear_transform(*exact)
+    assert_close(y, want.detach(), dtype, "y")
+    gradients = bat.gradients_by_kernels(of_y, x, p, q)
+    for name, result, of_exact in zip("xpq", gradients, torch.autograd.grad(want, exact, of_y.double())):
+        assert_close(result, of_exact, dtype, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("rows, length", [(1, 1), (9, 3), (20, 49), (8, 32), (3, 100)])
+def test_weighted_sum(rows: int, length: int, dtype: torch.dtype) -> None:
+    query, value = (5 * torch.randn(rows, length)).to(dtype), torch.randn(rows, length).to(dtype)
+    y, log_sum = noah.summed_by_kernel(query, value)
+    exact = [t.double().requires_grad_() for t in (query, value)]
+    want = reference.weighted_sum(*exact)
+    assert_close(y, want.detach(), dtype, "y")
+    assert_close(log_sum, exact[0].detach().logsumexp(-1), dtype, "log_sum")
+    of_y = torch.randn(rows)
+    gradients = noah.gradients_by_kernel(of_y, query, value, y, log_sum)
+    for name, result, of_exact in zip(
+        ("query", "value"), gradients, torch.autograd.grad(want, exact, of_y.double())
+    ):
+        assert_close(result, of_exact, dtype, f"gradient of {name}")
+
+
+def test_a_row_with_a_nan_has_a_nan_and_no_other() -> None:
+    query, value = torch.randn(2, 4, 40)
+    query[1, 3], query[2, 35] = torch.nan, -torch.inf
+    y = noah.summed_by_kernel(query, value)[0]
+    assert y.isnan().tolist() == [False, True, False, False]
+    torch.testing.assert_close(y[2], reference.weighted_sum(query, value)[2])
