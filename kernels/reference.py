@@ -322,6 +322,24 @@ def check_rows(query: Tensor, value: Tensor) -> None:
         )
 
 
+def square_sum(products: Tensor, power: Tensor) -> Tensor:
+    """``Σ_k power[k] · products[…, k]²``, the squares and sums of a factorized bilinear layer: (…, K), (K) → (…).
+
+    Of the dtype of ``power``. Li, Wang, Xu and Hou, "Factorized Bilinear Models for Image Recognition", ICCV 2017.
+    """
+    return products.to(power.dtype).square() @ power
+
+
+def check_products(products: Tensor, power: Tensor) -> None:
+    """Raise ValueError unless the arguments of :func:`square_sum` fit each other."""
+    exact = torch.promote_types(products.dtype, torch.float32)
+    if power.shape != products.shape[-1:] or power.dtype != exact or power.device != products.device:
+        raise ValueError(
+            f"power, shape {tuple(power.shape)}, is {power.dtype} on {power.device}, "
+            f"expected shape {tuple(products.shape[-1:])}, {exact} on {products.device}"
+        )
+
+
 def footprint(
     x: Tensor,
     kernel_size: int,

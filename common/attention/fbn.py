@@ -14,8 +14,12 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# Products held at a time, per position: as much as a feature map of so many channels.
-PRODUCTS = 2048
+from kernels import fbn
+
+# Products held at a time, per position: as much as a feature map of so many channels. Elsewhere than on a CPU more,
+# to start fewer kernels.
+PRODUCTS = {"cpu": 2048}
+PRODUCTS_ELSEWHERE = 8192
 EVAL_SCALES = ("unbiased", "published")
 
 
@@ -220,7 +224,7 @@ class _Bilinear(torch.autograd.Function):
         with _without_autocast(rows):
             power = squared_mask.to(_sum_dtype(rows))
             parts = [weight[:, part] for part in _parts(weight)]
-            out = torch.cat([_products(rows, w).square_() @ power for w in parts], -1)
+            out = torch.cat([_square_sums(rows, w, power) for w in parts], -1)
             diagonal = None
             if not keep_diagonal:
                 diagonal = torch.cat([_diagonal(rows, w, power) for w in parts], 1)
@@ -241,8 +245,7 @@ class _Bilinear(torch.autograd.Function):
             for part in _parts(weight):
                 w = weight[:, part]
                 # d loss / d products, (G, M, outputs · K)
-                slope = _products(rows, w).mul_(grad[..., part, None]).mul_(2 * power)
-                slope = slope.flatten(2).to(rows.dtype)
+                slope = _slopes(rows, w, power, grad[..., part]).flatten(2)
                 if grad_rows is not None:
                     grad_rows += slope @ w.flatten(1, 2).to(rows.dtype)
                 if grad_weight is not None:
@@ -257,9 +260,25 @@ class _Bilinear(torch.autograd.Function):
 
 
 def _products(rows: Tensor, weight: Tensor) -> Tensor:
-    """(G, M, C) by (G, J, K, C) → new (G, M, J, K), of the dtype for sums."""
+    """(G, M, C) by (G, J, K, C) → new (G, M, J, K)."""
     products = rows @ weight.flatten(1, 2).to(rows.dtype).mT
-    return products.unflatten(-1, weight.shape[1:3]).to(_sum_dtype(rows))
+    return products.unflatten(-1, weight.shape[1:3])
+
+
+def _square_sums(rows: Tensor, weight: Tensor, power: Tensor) -> Tensor:
+    """``Σ_k power_k · products²``, (G, M, J), of the dtype for sums."""
+    products = _products(rows, weight)
+    if fbn.runs(rows.device, rows.dtype):
+        return fbn.square_sum(products, power)
+    return products.to(power.dtype).square_() @ power  # in place: `products` is ours
+
+
+def _slopes(rows: Tensor, weight: Tensor, power: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of the products of which :func:`_square_sums` has the gradient ``grad``, of the rows' dtype."""
+    products = _products(rows, weight)
+    if fbn.runs(rows.device, rows.dtype):
+        return fbn.square_sum_gradient(grad, products, power)
+    return products.to(power.dtype).mul_(grad.unsqueeze(-1)).mul_(2 * power).to(rows.dtype)
 
 
 def _diagonal(rows: Tensor, weight: Tensor, power: Tensor) -> Tensor:
@@ -272,9 +291,10 @@ def _squares(rows: Tensor) -> Tensor:
 
 
 def _parts(weight: Tensor) -> list[slice]:
-    """The outputs of (G, J, K, C) in slices of at most ``PRODUCTS`` products a position, or one output."""
+    """The outputs of (G, J, K, C) in slices of at most so many products a position, or one output."""
     groups, outputs, factors, _ = weight.shape
-    size = max(1, PRODUCTS // (groups * factors))
+    at_once = PRODUCTS.get(weight.device.type, PRODUCTS_ELSEWHERE)
+    size = max(1, at_once // (groups * factors))
     return [slice(start, start + size) for start in range(0, outputs, size)]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import bat, noah, pairwise, runtime, san
+from kernels import bat, fbn, noah, pairwise, runtime, san
 from tests.kernels.cases import SAN_STAGES, SMALL, Module
 from tests.kernels.emulator import names
 
@@ -28,14 +28,9 @@ def check(source: str, defines: tuple[tuple[str, str], ...], architecture: str) 
 
 @pytest.mark.parametrize("architecture", runtime.ARCHITECTURES)
 @pytest.mark.parametrize("value", runtime.TYPES)
-def test_subtraction_and_aggregation(value: torch.dtype, architecture: str) -> None:
-    check(san.SOURCE, (("VALUE", runtime.TYPES[value]),), architecture)
-
-
-@pytest.mark.parametrize("architecture", runtime.ARCHITECTURES)
-@pytest.mark.parametrize("value", runtime.TYPES)
-def test_weighted_sum(value: torch.dtype, architecture: str) -> None:
-    check(noah.SOURCE, (("VALUE", runtime.TYPES[value]),), architecture)
+@pytest.mark.parametrize("source", [san.SOURCE, noah.SOURCE, fbn.SOURCE])
+def test_sources_without_sizes(source: str, value: torch.dtype, architecture: str) -> None:
+    check(source, (("VALUE", runtime.TYPES[value]),), architecture)
 
 
 @pytest.mark.parametrize("architecture", runtime.ARCHITECTURES)

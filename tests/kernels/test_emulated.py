@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import bat, noah, pairwise, reference, runtime, san
+from kernels import bat, fbn, noah, pairwise, reference, runtime, san
 from tests.kernels import emulator
 from tests.kernels.cases import (
     GEOMETRIES,
@@ -197,6 +197,20 @@ def test_weighted_sum(rows: int, length: int, dtype: torch.dtype) -> None:
         ("query", "value"), gradients, torch.autograd.grad(want, exact, of_y.double())
     ):
         assert_close(result, of_exact, dtype, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 9, 3, 20), (1, 40, 7, 5)])
+def test_square_sum(shape: tuple, dtype: torch.dtype) -> None:
+    products = torch.randn(shape).to(dtype)
+    power = torch.rand(shape[-1]).to(torch.promote_types(dtype, torch.float32))
+    exact = products.double().requires_grad_()
+    want = reference.square_sum(exact, power.double())
+    y = fbn.square_sum_by_kernel(products, power)
+    assert_close(y, want.detach(), dtype, "y")
+    of_y = torch.randn(shape[:-1])
+    (of_exact,) = torch.autograd.grad(want, exact, of_y.double())
+    assert_close(fbn.square_sum_gradient_by_kernel(of_y, products, power), of_exact, dtype, "gradient")
 
 
 def test_a_row_with_a_nan_has_a_nan_and_no_other() -> None:

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from kernels import KernelError, bat, noah, pairwise, reference, runtime, san
+from kernels import KernelError, bat, fbn, noah, pairwise, reference, runtime, san
 from tests.kernels.cases import SMALL, Geometry, pairwise_case, san_case, transform_case
 
 
@@ -42,6 +42,19 @@ def test_bilinear_transform_and_weighted_sum_are_good_citizens() -> None:
     utilities = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(noah.summed, (query, value), test_utils=utilities)
     assert torch.autograd.gradcheck(lambda q, v: noah.summed(q, v)[0], (query, value))
+
+
+def test_square_sum_is_a_good_citizen() -> None:
+    products, power = (
+        torch.randn(2, 3, 4, 5, dtype=torch.float64).requires_grad_(),
+        torch.rand(5, dtype=torch.float64),
+    )
+    torch.library.opcheck(fbn.square_sum, (products, power))
+    assert torch.autograd.gradcheck(fbn.square_sum, (products, power))
+    with pytest.raises(
+        ValueError, match=r"power, shape \(4,\), is torch.float64 on cpu, expected shape \(5,\)"
+    ):
+        fbn.square_sum_by_kernel(products.detach(), power[1:])
 
 
 def test_one_graph_under_compile() -> None:

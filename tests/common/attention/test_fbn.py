@@ -34,13 +34,13 @@ def layer(*args, **kwargs):
 @pytest.fixture
 def few_products(monkeypatch):
     """Work one or two outputs at a time, so that small layers go through all parts of the code."""
-    monkeypatch.setattr(fbn, "PRODUCTS", 12)
+    monkeypatch.setitem(fbn.PRODUCTS, "cpu", 12)
 
 
 @pytest.mark.parametrize("mask", ["eval", "train", "ones"])
 @pytest.mark.parametrize("products", [12, 2048])
 def test_golden(mask, products, monkeypatch):
-    monkeypatch.setattr(fbn, "PRODUCTS", products)
+    monkeypatch.setitem(fbn.PRODUCTS, "cpu", products)
     data = {key: torch.from_numpy(value) for key, value in golden("fb_layer_1x1").items() if value.ndim}
     x, weight, bias = (data[key].requires_grad_() for key in ("input", "weight", "bias"))
     out = factorized_bilinear(x, weight, bias, data[f"{mask}_mask"])
@@ -141,7 +141,7 @@ def test_gradient_of_one_side_only(frozen, few_products):
 def test_parts_do_not_change_the_result(monkeypatch):
     results = []
     for products in (1, 21, 10**9):
-        monkeypatch.setattr(fbn, "PRODUCTS", products)
+        monkeypatch.setitem(fbn.PRODUCTS, "cpu", products)
         x, weight, bias = tensors((2, 8, 5, 5), (7, 6, 8), (7,))
         out = factorized_bilinear(x, weight, bias)
         results.append((out, *torch.autograd.grad(out.square().sum(), (x, weight, bias))))
@@ -174,7 +174,7 @@ def test_products_are_never_whole_in_memory():
             out = made(x)
         out.sum().backward()
     rows = images * side * side
-    assert largest.numel <= max(made.weight.numel(), rows * fbn.PRODUCTS)
+    assert largest.numel <= max(made.weight.numel(), rows * fbn.PRODUCTS["cpu"])
     assert largest.numel < rows * outputs * factors / 8
     # Kept for the backward pass: inputs, weights and their diagonal; never anything of outputs × positions.
     assert sum(saved) <= x.numel() + made.weight.numel() + outputs * channels + factors
