@@ -15,7 +15,6 @@ from kernels import reference, runtime
 from kernels.runtime import TYPES, Kernel
 
 SOURCE = "bat.cu"
-THREADS = 128
 LARGEST_SIDE = 8
 """Of P and Q: a thread holds a matrix of so many rows and columns in registers."""
 
@@ -30,6 +29,17 @@ class Maps(ctypes.Structure):
             for name in ("images", "channels", "groups", "height", "width", "channels_last")
         ),
     ]
+
+
+def threads(dtype: torch.dtype) -> int:
+    """Threads of a block: the sums of a gradient's block fit the shared memory that every GPU has."""
+    return 64 if dtype == torch.float64 else 128
+
+
+def defines(rows: int, columns: int, dtype: torch.dtype) -> tuple[tuple[str, str], ...]:
+    """The compile-time numbers of the kernels for P of ``rows``² and Q of ``columns``²."""
+    sizes = {"S_ROWS": rows, "S_COLUMNS": columns, "THREADS": threads(dtype), "VALUE": TYPES[dtype]}
+    return tuple((name, str(value)) for name, value in sizes.items())
 
 
 @torch.compiler.assume_constant_result
@@ -110,7 +120,9 @@ def gradients_by_kernels(of_y: Tensor, x: Tensor, p: Tensor, q: Tensor) -> tuple
 def _transformed(x: Tensor, p: Tensor, q: Tensor) -> Tensor:
     y = torch.empty_like(x)
     matrices = x.numel() // (p.shape[-1] * q.shape[-1])
-    _launch("transform", -(-matrices // THREADS), p, q, x, p.contiguous(), q.contiguous(), y, _maps(x, p))
+    _launch(
+        "transform", -(-matrices // threads(x.dtype)), p, q, x, p.contiguous(), q.contiguous(), y, _maps(x, p)
+    )
     return y
 
 
@@ -128,5 +140,5 @@ def _maps(x: Tensor, p: Tensor) -> Maps:
 def _launch(name: str, blocks: int, p: Tensor, q: Tensor, *arguments: Tensor | Maps) -> None:
     first = arguments[0]
     assert isinstance(first, Tensor)
-    defines = (("S_ROWS", str(p.shape[-1])), ("S_COLUMNS", str(q.shape[-1])), ("VALUE", TYPES[first.dtype]))
-    runtime.launch(Kernel(SOURCE, name, defines), blocks, (THREADS, 1, 1), 0, *arguments)
+    kernel = Kernel(SOURCE, name, defines(p.shape[-1], q.shape[-1], first.dtype))
+    runtime.launch(kernel, blocks, (threads(first.dtype), 1, 1), 0, *arguments)

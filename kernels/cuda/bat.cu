@@ -3,7 +3,7 @@
 // With t = height / S_ROWS and u = width / S_COLUMNS, the pixels (j·t + r, l·u + v) of a channel's map are one X for every
 // (r, v). A thread holds one X; P and Q belong to an image and a group of channels. Maps may lie channels first or last:
 // neighbouring threads are neighbours in memory.
-// Set when compiling: S_ROWS, S_COLUMNS, VALUE.
+// Set when compiling: S_ROWS, S_COLUMNS, THREADS (a block), VALUE.
 #include "storage.cuh"
 
 using REAL = Computed<VALUE>::type;
@@ -73,7 +73,6 @@ extern "C" __global__ void transform(const VALUE* __restrict__ x, const REAL* __
     }
 }
 
-constexpr int THREADS = 128;
 __shared__ REAL partial[(S_ROWS > S_COLUMNS ? S_ROWS * S_ROWS : S_COLUMNS * S_COLUMNS) * (THREADS + 1)];
 
 // Σ over the block's threads of N numbers each, to to[0 … N−1].

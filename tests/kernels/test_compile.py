@@ -34,9 +34,11 @@ def test_sources_without_sizes(source: str, value: torch.dtype, architecture: st
 
 
 @pytest.mark.parametrize("architecture", runtime.ARCHITECTURES)
-@pytest.mark.parametrize("value", [torch.float32, torch.bfloat16])
-def test_bilinear_transform(value: torch.dtype, architecture: str) -> None:
-    check(bat.SOURCE, (("S_ROWS", "7"), ("S_COLUMNS", "7"), ("VALUE", runtime.TYPES[value])), architecture)
+@pytest.mark.parametrize(
+    "side, value", [(7, torch.bfloat16), (bat.LARGEST_SIDE, torch.float32), (bat.LARGEST_SIDE, torch.float64)]
+)
+def test_bilinear_transform(side: int, value: torch.dtype, architecture: str) -> None:
+    check(bat.SOURCE, bat.defines(side, side, value), architecture)
 
 
 def defines_of(module: Module, value: torch.dtype) -> tuple[tuple[str, str], ...]:

@@ -74,6 +74,11 @@ def test_pairwise_attention_in_half_precision(value: torch.dtype) -> None:
 
 def test_pairwise_attention_of_one_image_and_of_none() -> None:
     check_pairwise(pairwise_case(SMALL[0], Geometry(2, 3, 3), torch.float64, images=1), torch.float64)
+    results, gradients = by_kernels(
+        pairwise_case(SMALL[0], Geometry(2, 3, 3), torch.float64, False, images=0)
+    )
+    assert results[0].shape == (0, 8, 2, 3)
+    assert not any(gradient.any() for gradient in gradients)
 
 
 def test_large_differences_neither_overflow_nor_cancel() -> None:
