@@ -243,6 +243,65 @@ def pairwise_attention_gradients(
     )
 
 
+def mix_patches(
+    x: Tensor, scale: Tensor, shift: Tensor, mix: Tensor, kernel_size: int, stride: int = 1, dilation: int = 1
+) -> Tensor:
+    """Footprints normed, through a ReLU and mixed to outputs: the first layer of patchwise attention's mapping.
+
+    ``h[o, i] = Σ_r Σ_j mix[o, r, j] · relu(scale[r, j] · x[r, q] + shift[r, j])``, q under position j of pixel i's
+    footprint (section 3.2, where a batch norm gives scale and shift).
+
+    Args:
+        x: (N, R, H, W), padded already.
+        scale, shift: (R, K), float32 or finer as x.
+        mix: (O, R, K), of their dtype.
+
+    Returns:
+        (N, O, H', W') of the dtype of x.
+    """
+    near = footprint(x.to(scale.dtype), kernel_size, stride, 0, dilation)
+    a = (near * scale[..., None, None] + shift[..., None, None]).relu()
+    return torch.einsum("ork,nrkhw->nohw", mix, a).to(x.dtype)
+
+
+def mix_patches_gradients(
+    of_h: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    mix: Tensor,
+    kernel_size: int,
+    stride: int,
+    dilation: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, scale, shift and mix of :func:`mix_patches`."""
+    near = footprint(x.to(scale.dtype), kernel_size, stride, 0, dilation)
+    a = (near * scale[..., None, None] + shift[..., None, None]).relu()
+    of_h = of_h.to(scale.dtype)
+    of_norm = torch.einsum("ork,nohw->nrkhw", mix, of_h) * (a > 0)
+    of_x = spread(of_norm * scale[..., None, None], x.shape[2:], kernel_size, stride, dilation)
+    of_mix = torch.einsum("nohw,nrkhw->ork", of_h, a)
+    return of_x.to(x.dtype), (of_norm * near).sum((0, 3, 4)), of_norm.sum((0, 3, 4)), of_mix
+
+
+def check_patches(
+    x: Tensor, scale: Tensor, shift: Tensor, mix: Tensor, kernel_size: int, stride: int, dilation: int
+) -> None:
+    """Raise ValueError unless the arguments of :func:`mix_patches` fit each other."""
+    check_footprint("x", x, kernel_size, stride, 0, dilation, "zero")
+    exact = torch.promote_types(x.dtype, torch.float32)
+    footprints = (x.shape[1], kernel_size**2)
+    for name, t, shape in (
+        ("scale", scale, footprints),
+        ("shift", shift, footprints),
+        ("mix", mix, (mix.shape[0], *footprints)),
+    ):
+        if tuple(t.shape) != shape or t.dtype != exact or t.device != x.device:
+            raise ValueError(
+                f"{name}, shape {tuple(t.shape)}, is {t.dtype} on {t.device}, expected {shape}, {exact} on {x.device}"
+            )
+
+
 def bilinear_transform(x: Tensor, p: Tensor, q: Tensor) -> Tensor:
     """``(P ⊗ I) · x · (Q ⊗ I)`` for every channel, with the Kronecker products never formed.
 

@@ -35,6 +35,9 @@ TYPES = {
 }
 """How CUDA sources call what tensors hold."""
 
+Argument = Tensor | ctypes.Structure | ctypes.c_int
+"""What a kernel takes."""
+
 _SOURCES = Path(__file__).parent / "cuda"
 # Of CUDA's CUfunction_attribute and cudaDeviceAttr.
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
@@ -106,7 +109,7 @@ def launch(
     grid: int,
     block: tuple[int, int, int],
     shared_bytes: int,
-    *arguments: Tensor | ctypes.Structure,
+    *arguments: Argument,
 ) -> None:
     """Start ``kernel`` on the current stream of the first argument's device.
 
@@ -114,7 +117,7 @@ def launch(
         grid: blocks; nothing happens for 0.
         block: threads along each axis.
         shared_bytes: of dynamic shared memory.
-        arguments: contiguous tensors, and structures that are passed by value.
+        arguments: tensors, and numbers and structures that are passed by value.
     """
     if grid == 0:
         return
@@ -133,7 +136,7 @@ def launch(
         del values  # alive until here: the driver has copied them
 
 
-def parameters(arguments: tuple[Tensor | ctypes.Structure, ...]) -> tuple[list, ctypes.Array]:
+def parameters(arguments: tuple[Argument, ...]) -> tuple[list, ctypes.Array]:
     """Arguments as the driver wants them: an array of pointers to values, and the values, which must outlive it."""
     values = [ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else x for x in arguments]
     return values, (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kernels import pairwise, san
+from kernels import pairwise, patchwise, san
 from kernels.reference import aggregation, footprint, output_side, pad, same_padding, subtraction2
 
 Grid = list[list[Tensor]]
@@ -247,7 +247,7 @@ class PatchwiseAttention(SelfAttention):
         centre, around = self._at_centre(self.conv1(x)), self._padded(self.conv2(x))
         value = self._padded(self.conv3(x))
         layers: Any = self.conv_w
-        norm1, _, mix, norm2, act, to_weight = layers
+        norm1, _, mix, norm2, act, _ = layers
         rel, positions = centre.shape[1], self.kernel_size**2
 
         scale, shift = folded(norm1, centre[:, 0].numel(), lambda: self._concatenated_moments(centre, around))
@@ -255,16 +255,32 @@ class PatchwiseAttention(SelfAttention):
         of_centre = conv1x1(centre.to(value.dtype), mix.weight[:, :rel])
         scale, shift = (t[rel:].view(rel, positions, 1, 1) for t in (scale, shift))
 
+        if patchwise.runs(around.device, self.kernel_size, around.dtype):
+            exact = torch.promote_types(around.dtype, torch.float32)
+            weights = (scale.flatten(1), shift.flatten(1), mix.weight[:, rel:].reshape(-1, rel, positions))
+            patches = patchwise.mix_patches(around, *(w.to(exact) for w in weights), *self._window)
+            return self._summed(act(norm2(patches + of_centre)), value)
+
         def hidden_of(of_centre: Tensor, around: Tensor) -> Tensor:
             normed = torch.addcmul(shift, scale, Footprint.apply(around, *self._window)).relu_()
             return conv1x1(normed.flatten(1, 2).to(value.dtype), mix.weight[:, rel:]).add_(of_centre)
 
+        hidden = joined(over(hidden_of, *self._tiles(of_centre, [around], rel)))
+        return self._summed(act(norm2(hidden)), value)
+
+    def _summed(self, hidden: Tensor, value: Tensor) -> Tensor:
+        """The values of the padded map, summed with the weights that come from the mapping's hidden layer."""
+        layers: Any = self.conv_w
+        to_weight = layers[5]
+
         def output_of(hidden: Tensor, value: Tensor) -> Tensor:
-            weight = conv1x1(hidden, to_weight.weight, to_weight.bias).unflatten(1, (-1, positions))
+            weight = conv1x1(hidden, to_weight.weight, to_weight.bias).unflatten(1, (-1, self.kernel_size**2))
             return aggregated(weight, value, *self._window)
 
-        hidden = act(norm2(joined(over(hidden_of, *self._tiles(of_centre, [around], rel)))))
         return joined(over(output_of, *self._tiles(hidden, [value], to_weight.in_channels)))
+
+    def _runs_kernel(self, value: Tensor) -> bool:
+        return patchwise.runs(value.device, self.kernel_size, value.dtype)
 
     def _concatenated_moments(self, centre: Tensor, around: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of the centre's channels, then of each channel at each footprint position."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import bat, fbn, noah, pairwise, reference, runtime, san
+from kernels import bat, fbn, noah, pairwise, patchwise, reference, runtime, san
 from tests.kernels.cases import (
     GEOMETRIES,
     SAN_STAGES,
@@ -17,6 +17,7 @@ from tests.kernels.cases import (
     Pairwise,
     assert_close,
     pairwise_case,
+    patches_case,
     san_case,
     transform_case,
 )
@@ -86,6 +87,25 @@ def test_subtraction_and_aggregation(geometry: Geometry, dtype: torch.dtype) -> 
         gradients = torch.autograd.grad(y.square().sum(), arguments)
         for result, of_exact in zip(gradients, torch.autograd.grad(want.square().sum(), wanted)):
             assert_close(result, of_exact, dtype, f"gradient of {own.__name__}")
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("outputs", [2, 8, 16])
+def test_mix_patches(outputs: int, geometry: Geometry, dtype: torch.dtype) -> None:
+    *tensors, of_h = (t.cuda() for t in patches_case(geometry, dtype, outputs))
+    inputs = [t.requires_grad_() for t in tensors]
+    exact = [t.detach().cpu().double().requires_grad_() for t in inputs]
+    h, want = (
+        patchwise.mix_patches(*inputs, *geometry.window),
+        reference.mix_patches(*exact, *geometry.window),
+    )
+    assert_close(h.detach(), want.detach(), dtype, "h")
+    wanted = torch.autograd.grad(want, exact, of_h.cpu().double())
+    for name, result, of_exact in zip(
+        ("x", "scale", "shift", "mix"), torch.autograd.grad(h, inputs, of_h), wanted
+    ):
+        assert_close(result, of_exact, dtype, f"gradient of {name}")
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

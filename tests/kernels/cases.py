@@ -118,6 +118,24 @@ def san_case(geometry: Geometry, dtype: torch.dtype, images: int = 2) -> tuple[T
     return maps[0], maps[1], weight
 
 
+def patches_case(geometry: Geometry, dtype: torch.dtype, outputs: int, inputs: int = 5) -> list[Tensor]:
+    """A padded map, scale, shift and mix, and a gradient."""
+    generator = torch.Generator().manual_seed(outputs)
+    sides = (geometry.height, geometry.width)
+    footprints = (inputs, geometry.kernel_size**2)
+    shapes = [
+        (2, inputs, *geometry.padded),
+        footprints,
+        footprints,
+        (outputs, *footprints),
+        (2, outputs, *sides),
+    ]
+    x, scale, shift, mix, of_h = (torch.randn(shape, generator=generator) for shape in shapes)
+    real = torch.promote_types(dtype, torch.float32)
+    weights = [scale, shift, mix * footprints[0] ** -0.5 / geometry.kernel_size]
+    return [x.to(dtype), *(t.to(real) for t in weights), of_h.to(dtype)]
+
+
 def transform_case(sizes: tuple, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A map, P and Q with rows that sum to 1, and a gradient: see TRANSFORMS."""
     images, groups, channels, cells, sides = sizes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import bat, fbn, noah, pairwise, runtime, san
+from kernels import bat, fbn, noah, pairwise, patchwise, runtime, san
 from tests.kernels.cases import SAN_STAGES, SMALL, Module
 from tests.kernels.emulator import names
 
@@ -39,6 +39,15 @@ def test_sources_without_sizes(source: str, value: torch.dtype, architecture: st
 )
 def test_bilinear_transform(side: int, value: torch.dtype, architecture: str) -> None:
     check(bat.SOURCE, bat.defines(side, side, value), architecture)
+
+
+@pytest.mark.parametrize("architecture", runtime.ARCHITECTURES)
+@pytest.mark.parametrize("value", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(
+    "outputs, kernel_size", [(2, 3), (8, 7), pytest.param(64, 7, marks=pytest.mark.slow)]
+)
+def test_mix_patches(outputs: int, kernel_size: int, value: torch.dtype, architecture: str) -> None:
+    check(patchwise.SOURCE, patchwise.defines(outputs, kernel_size, value), architecture)
 
 
 def defines_of(module: Module, value: torch.dtype) -> tuple[tuple[str, str], ...]:

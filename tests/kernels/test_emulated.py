@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import bat, fbn, noah, pairwise, reference, runtime, san
+from kernels import bat, fbn, noah, pairwise, patchwise, reference, runtime, san
 from tests.kernels import emulator
 from tests.kernels.cases import (
     GEOMETRIES,
@@ -22,6 +22,7 @@ from tests.kernels.cases import (
     Pairwise,
     assert_close,
     pairwise_case,
+    patches_case,
     san_case,
     transform_case,
 )
@@ -168,6 +169,36 @@ def test_a_block_says_how_much_shared_memory_it_needs() -> None:
         how = pairwise.plan(*module[:3], module.share * module.weights, torch.float32)
         assert isinstance(how, pairwise.Plan)
         assert how.shared_bytes <= 99 << 10  # what the smallest supported devices have
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("outputs", [2, 7, 16])
+def test_mix_patches(outputs: int, dtype: torch.dtype) -> None:
+    check_patches(Geometry(5, 7, 3), dtype, outputs)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_mix_patches_of_every_geometry(geometry: Geometry) -> None:
+    check_patches(geometry, torch.float64, 4)
+
+
+def test_mix_patches_of_more_pixels_than_a_block_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patchwise, "PIXELS_AT_ONCE", 50)
+    check_patches(Geometry(6, 20, 3), torch.float64, 2)
+
+
+def check_patches(geometry: Geometry, dtype: torch.dtype, outputs: int) -> None:
+    *inputs, of_h = patches_case(geometry, dtype, outputs)
+    exact = [t.double().requires_grad_() for t in inputs]
+    h, want = (
+        function(*tensors, *geometry.window)
+        for function, tensors in ((patchwise.mix_patches_by_kernel, inputs), (reference.mix_patches, exact))
+    )
+    assert_close(h, want.detach(), dtype, "h")
+    gradients = patchwise.gradients_by_kernels(of_h, *inputs, *geometry.window)
+    wanted = torch.autograd.grad(want, exact, of_h.double())
+    for name, result, of_exact in zip(("x", "scale", "shift", "mix"), gradients, wanted):
+        assert_close(result, of_exact, dtype, f"gradient of {name}")
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from kernels import KernelError, bat, fbn, noah, pairwise, reference, runtime, san
-from tests.kernels.cases import SMALL, Geometry, pairwise_case, san_case, transform_case
+from kernels import KernelError, bat, fbn, noah, pairwise, patchwise, reference, runtime, san
+from tests.kernels.cases import SMALL, Geometry, pairwise_case, patches_case, san_case, transform_case
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -42,6 +42,17 @@ def test_bilinear_transform_and_weighted_sum_are_good_citizens() -> None:
     utilities = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(noah.summed, (query, value), test_utils=utilities)
     assert torch.autograd.gradcheck(lambda q, v: noah.summed(q, v)[0], (query, value))
+
+
+def test_mix_patches_is_a_good_citizen() -> None:
+    *inputs, _ = patches_case(Geometry(3, 4, 3, stride=2), torch.float64, 2, inputs=2)
+    inputs = [t.requires_grad_() for t in inputs]
+    torch.library.opcheck(patchwise.mix_patches, (*inputs, 3, 2, 1))
+    assert torch.autograd.gradcheck(lambda *tensors: patchwise.mix_patches(*tensors, 3, 2, 1), tuple(inputs))
+    with pytest.raises(
+        ValueError, match=r"shift, shape \(2, 8\), is torch.float64 on cpu, expected \(2, 9\)"
+    ):
+        patchwise.mix_patches_by_kernel(inputs[0], inputs[1], inputs[2][:, 1:], inputs[3], 3, 2, 1)
 
 
 def test_square_sum_is_a_good_citizen() -> None:

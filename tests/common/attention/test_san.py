@@ -239,6 +239,7 @@ def test_the_kernels_operators_are_the_definition(
     """The path that a GPU takes, with the operators' reference in the kernels' place."""
     monkeypatch.setattr(san.pairwise, "runs", lambda *_: True)
     monkeypatch.setattr(san.san, "runs", lambda *_: True)
+    monkeypatch.setattr(san.patchwise, "runs", lambda *_: True)
     called: list[str] = []
     for room, operator in ((san.pairwise, "pairwise_attention"), (san.san, "padded_aggregation")):
         original = getattr(room, operator)

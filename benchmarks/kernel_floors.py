@@ -1,0 +1,101 @@
+"""What the kernels must move and compute at least, and the time that takes: `python benchmarks/kernel_floors.py`.
+
+Counted from the sources in kernels/cuda for the published networks' layers, values in bfloat16, the rest in float32.
+A floor is the larger of two times: every byte once at the rate of a device copy, every multiply-accumulate at the
+rate of the device's float32 units. It is arithmetic, not a measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import NamedTuple
+
+STAGES = {
+    "c64 112² 3×3": (64, 112, 3),
+    "c256 56² 7×7": (256, 56, 7),
+    "c512 28² 7×7": (512, 28, 7),
+    "c1024 14² 7×7": (1024, 14, 7),
+}
+
+
+class Work(NamedTuple):
+    """Bytes moved and multiply-accumulates done."""
+
+    bytes: float
+    macs: float
+
+
+def main() -> None:
+    """Print the table of docs/performance.md."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch", type=int, default=64, help="images")
+    parser.add_argument("--copy", type=float, default=4.3, help="TB/s of a device copy (an H200's, measured)")
+    parser.add_argument(
+        "--fma", type=float, default=33.4, help="float32 TMAC/s (an H200's: 132 · 128 · 1.98 GHz)"
+    )
+    arguments = parser.parse_args()
+    print("| operator | MB | GMAC | floor, ms |\n|---|---|---|---|")
+    for name, work in operators(arguments.batch).items():
+        floor = max(work.bytes / arguments.copy / 1e9, work.macs / arguments.fma / 1e9)
+        print(f"| {name} | {work.bytes / 1e6:.0f} | {work.macs / 1e9:.1f} | {floor:.2f} |")
+
+
+def operators(batch: int) -> dict[str, Work]:
+    """Every operator at every size of the published networks where a kernel runs."""
+    found = {}
+    for name, (width, side, kernel_size) in STAGES.items():
+        forward, backward = pairwise(batch, width, side, kernel_size)
+        found[f"pairwise attention, {name}"] = forward
+        found[f"its gradients, {name}"] = backward
+    for name, (width, side, kernel_size) in {**STAGES, "c2048 7² 7×7": (2048, 7, 7)}.items():
+        found[f"footprints mixed, {name}"], found[f"their gradients, {name}"] = patchwise(
+            batch, width, side, kernel_size
+        )
+        found[f"aggregation, {name}"] = aggregation(batch, width, side, kernel_size)
+    # y = P·x·Q of ResNet-50+BAT's 14² maps of 256 channels, and NOAH's 4 heads of 1000 classes, batch 128.
+    x = 128 * 256 * 14 * 14
+    found["P·x·Q, 256 channels, 14², N 128"] = Work(2 * 2 * x, 2 * 7 * x)
+    rows = 128 * 4 * 1000
+    found["weighted sum, 4 × 1000 maps, 7², N 128"] = Work(2 * 2 * 49 * rows, 49 * rows)
+    return found
+
+
+def pairwise(batch: int, width: int, side: int, kernel_size: int) -> tuple[Work, Work]:
+    """The moments and the attention; then the three passes over the pairs that make the gradients."""
+    hidden, channels, weights = width // 16, width // 4, width // 32
+    inputs, out, padded = hidden + 2, batch * side**2, batch * (side + kernel_size - 1) ** 2
+    compared, values = 4 * inputs * (out + padded), 2 * channels * padded
+    result, per_weight = 2 * channels * out, 4 * weights * out
+    forward_bytes = 2 * compared + values + result + per_weight
+    pairs, around = out * kernel_size**2, padded * kernel_size**2
+    first, second = inputs * hidden, hidden * weights
+    forward_macs = pairs * (2 * first + second + channels)
+    again = first + second + channels + second  # up to the gradient of the second norm's output
+    backward_macs = (
+        pairs * (again + second) + pairs * (again + 2 * first) + around * (again + first + channels)
+    )
+    backward_bytes = 3 * (compared + values + result + 2 * per_weight) + compared + values
+    return Work(forward_bytes, forward_macs), Work(backward_bytes, backward_macs)
+
+
+def patchwise(batch: int, width: int, side: int, kernel_size: int) -> tuple[Work, Work]:
+    """The first layer of the patchwise module's mapping; then the passes for the map's gradient and the weights'."""
+    inputs, outputs, out = width // 16, width // 32, batch * side**2
+    padded = batch * (side + kernel_size - 1) ** 2
+    one = 2 * (inputs * padded + outputs * out)
+    macs = out * kernel_size**2 * inputs * outputs
+    return Work(one, macs), Work(2 * one + 2 * inputs * padded, macs * padded / out + 2 * macs)
+
+
+def aggregation(batch: int, width: int, side: int, kernel_size: int) -> Work:
+    """The sum over the footprint with the weights of the patchwise module."""
+    channels, out = width // 4, batch * side**2
+    padded = batch * (side + kernel_size - 1) ** 2
+    weights = channels // 8 * kernel_size**2 * out
+    return Work(2 * (channels * (padded + out) + weights), channels * kernel_size**2 * out)
+
+
+if __name__ == "__main__":
+    main()
