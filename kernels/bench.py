@@ -3,10 +3,10 @@
 On a GPU: whole training steps (forward, cross entropy, backward, SGD, synthetic data) of the networks in the papers'
 tables, with the kernels and without them, and plain timm networks beside them, all in one run; then every operator on
 its own. Each line stands beside what the published programs reach on an H200, where that is known
-(benchmarks/published_h200.json). Needs torch, CuPy, NumPy and timm, nothing else.
+(benchmarks/results/published_h200.json). Needs torch, CuPy, NumPy and timm, nothing else.
 
-On a CPU: the attention modules' own path against their definition, which unfolds the map: time and peak memory of a
-training step, each in a fresh process.
+On a CPU: the attention modules' own path against their definition, which unfolds the map: processor time of one thread
+and peak memory of a training step, each in a fresh process.
 
 Only here does this room look at those above it, by name, when the program runs: what is measured are their networks.
 """
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from kernels import bat, noah, pairwise, runtime, san
 
-RESULTS = Path(__file__).parents[1] / "benchmarks"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 PUBLISHED: dict[str, Any] = json.loads((RESULTS / "published_h200.json").read_text())
 WARM_UP, REPEATS = 5, 8
 
@@ -68,7 +68,7 @@ def main() -> None:
     )
     parser.add_argument("--cpu", action="store_true", help="measure the path that a CPU takes")
     parser.add_argument("--only", default="", help="measure only what has this in its name")
-    parser.add_argument("--images", type=int, default=2, help="with --cpu: images a batch")
+    parser.add_argument("--images", type=int, default=4, help="with --cpu: images a batch")
     parser.add_argument(
         "--out", type=Path, help="JSON file, by default benchmarks/results/kernels_DEVICE.json"
     )
@@ -77,7 +77,7 @@ def main() -> None:
         parser.error(f"{lacking}; --cpu measures the path that a CPU takes")
     rows = on_cpu(arguments.only, arguments.images) if arguments.cpu else on_gpu(arguments.only)
     device = "cpu" if arguments.cpu else torch.cuda.get_device_name().replace(" ", "_").lower()
-    out = arguments.out or RESULTS / "results" / f"kernels_{device}.json"
+    out = arguments.out or RESULTS / f"kernels_{device}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     made_with = {
         "device": platform.processor() or platform.machine()
@@ -85,10 +85,22 @@ def main() -> None:
         else torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
-        "threads": torch.get_num_threads(),
+        "threads": 1 if arguments.cpu else torch.get_num_threads(),
     }
     out.write_text(json.dumps({**made_with, "rows": rows}, indent=1) + "\n")
     print(f"written to {out}")
+
+
+def processor() -> str:
+    """The CPU's name, where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def on_gpu(only: str) -> list[dict[str, Any]]:
@@ -123,7 +135,7 @@ def network_row(network: Network, mode: str, kernels: str) -> dict[str, Any]:
     torch.cuda.reset_peak_memory_stats()
     torch.compiler.reset()
     name = f"{network.name}/b{network.batch}/{mode}" + ("" if kernels == "auto" else "/without kernels")
-    published = {**PUBLISHED["published"], **PUBLISHED["peers"]}
+    published = {**PUBLISHED["models"], **PUBLISHED["others"]}
     row: dict[str, Any] = {"name": name}
     try:
         step = training_step(network, mode)
@@ -174,7 +186,7 @@ def fb_layer_row(dtype: torch.dtype) -> dict[str, Any]:
     torch.cuda.reset_peak_memory_stats()
     row = {"name": f"fb_layer/{mode}", "ms": milliseconds(step)}
     row["peak_GiB"] = torch.cuda.max_memory_allocated() / 2**30
-    row["published"] = PUBLISHED["published"][f"fb_layer_J1000_K50_C2048_7x7/N64/{mode}"]
+    row["published"] = PUBLISHED["others"][f"fb_layer_J1000_K50_C2048_7x7/N64/{mode}"]
     say(row)
     return row
 
@@ -277,14 +289,15 @@ def module_step(
 ) -> dict[str, float]:
     """Milliseconds and MiB of a forward and backward pass of an attention module, by one of its paths."""
     made = getattr(importlib.import_module("common.attention.san"), kind)
+    torch.set_num_threads(1)
     module = made(width // 4 * 4, width // 16, width // 4, kernel_size=kernel_size)
     x = torch.randn(images, width // 4 * 4, side, side, requires_grad=True)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     times = []
-    for _ in range(4):
-        begun = time.perf_counter()
+    for _ in range(6):
+        begun = time.process_time()
         getattr(module, path)(x).sum().backward()
-        times.append(time.perf_counter() - begun)
+        times.append(time.process_time() - begun)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"ms": 1e3 * statistics.median(times[1:]), "MiB": (after - before) / 2**10}
 

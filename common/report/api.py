@@ -30,7 +30,14 @@ MODULES = (
     "common.report.page",
     "common.engine.trainer",
     "common.engine.evaluate",
+    "kernels.bat",
+    "kernels.fbn",
+    "kernels.noah",
+    "kernels.pairwise",
+    "kernels.patchwise",
     "kernels.reference",
+    "kernels.runtime",
+    "kernels.san",
 )
 
 
