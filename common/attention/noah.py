@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from math import gcd
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from kernels.noah import weighted_sum
+from kernels import noah
 
 
 class NOAH(nn.Module):
@@ -70,9 +72,17 @@ class NOAH(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(N, C, \\*positions), any number of position dimensions → logits (N, classes)."""
+        if torch.is_grad_enabled() and noah.runs(features.device, features.dtype):
+            # The kernel reads the maps once; making them again costs less than keeping heads · classes of them.
+            return checkpoint(
+                self._logits, features, use_reentrant=False, preserve_rng_state=self.dropout.p > 0
+            )
+        return self._logits(features)
+
+    def _logits(self, features: Tensor) -> Tensor:
         query = self._maps(self.query, features[:, : self.query_features])
         value = self._maps(self.value, features[:, self.in_features - self.value_features :])
-        return weighted_sum(query, self.dropout(value)).sum(1)
+        return noah.weighted_sum(query, self.dropout(value)).sum(1)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, num_classes={self.num_classes}, heads={self.heads}"

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import kernels.noah
 from common.attention.noah import NOAH
 
 
@@ -194,3 +195,21 @@ def test_a_branch_without_channels(key_ratio):
 def test_counts_below_one(kwargs):
     with pytest.raises(ValueError, match="both must be 1 or more"):
         NOAH(16, **kwargs)
+
+
+def test_with_a_kernel_no_map_per_class_is_kept(monkeypatch):
+    """The path that a GPU takes, with the operator's reference in the kernel's place."""
+    torch.manual_seed(0)
+    head = NOAH(8, 50, heads=2).double()
+    features = torch.randn(3, 8, 4, 5, dtype=torch.float64, requires_grad=True)
+    expected = head(features)
+    wanted = torch.autograd.grad(expected.square().sum(), [features, *head.parameters()])
+    monkeypatch.setattr(kernels.noah, "runs", lambda *_: True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x.numel()), x)[1], lambda x: x):
+        logits = head(features)
+    torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(logits.square().sum(), [features, *head.parameters()]), wanted
+    )
+    assert max(kept, default=0) < 3 * 2 * 50 * 20
