@@ -5,8 +5,8 @@
     python video/eval.py FILE --config video/recipes/c2d_3dbat.yaml --data.path DATA     published weights
 
 Every video is decoded once, and the logits of its views are averaged. Prints top-1, top-5, loss and the mean of the
-classes' accuracies; writes them as JSON with a picture of the confusion matrix. With a run, all settings are those of
-the run, and options given here override them.
+classes' accuracies; writes them as JSON with a picture of the confusion matrix, and eval.html, a page with the frames
+of the worst videos. With a run, all settings are those of the run, and options given here override them.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ from common.data.video.crops import OffsetRule
 from common.data.video.views import VIEWS, ViewAverage, ViewSet
 from common.engine.evaluate import evaluate
 from common.engine.setup import start_accelerator
+from common.engine.worst import Worst
 from common.errors import run_main
 from common.evaluation import parse_checkpoint, show, write
 from common.files import atomic_write
 from common.models.build import build_model
+from common.report.page import write_evaluation
 from common.weights import load_weights
 from video.train import Config
 
@@ -73,8 +75,7 @@ def main() -> int:
     batches = evaluation_loader(
         rows, len(videos), 1, world, rank, config.data, device, finish=lambda frames: frames
     )
-    folder.mkdir(parents=True, exist_ok=True)
-    unreadable = Quarantine(folder / "eval_quarantine.jsonl", math.inf)
+    unreadable, worst = new_quarantine(folder / "eval_quarantine.jsonl", accelerator), Worst(frames=8)
     result = evaluate(
         network,
         batches(),
@@ -82,8 +83,10 @@ def main() -> int:
         device,
         autocast=accelerator.autocast,
         on_unreadable=lambda samples: unreadable.add(samples, training=False),
+        worst=worst,
     )
     assert result is not None
+    result |= {"classes": classes, "worst": worst.compute()}
     if config.save_scores:
         save_scores(Path(config.save_scores), network, videos, accelerator)
     if accelerator.is_main_process:
@@ -91,9 +94,20 @@ def main() -> int:
         show(result, classes)
         if result["unreadable"]:
             print(f"the unreadable are named in {unreadable.path}; they count as wrong")
-        write(result | {"classes": classes, "checkpoint": checkpoint, "views": config.views}, folder)
+        write(result | {"checkpoint": checkpoint, "views": config.views}, folder)
+        page = write_evaluation(result, folder / "eval.html", videos.clips.name, unreadable.path)
+        print(f"the worst videos: {page}")
     accelerator.end_training()
     return 0
+
+
+def new_quarantine(path: Path, accelerator: Accelerator) -> Quarantine:
+    """An empty list of unreadable videos, in a folder that is made. All ranks call this."""
+    if accelerator.is_main_process:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    return Quarantine(path, math.inf)
 
 
 def save_scores(path: Path, network: ViewAverage, videos: Videos, accelerator: Accelerator) -> None:

@@ -6,16 +6,19 @@ import argparse
 import json
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
 from rich.progress import track
 
+from common.data.prepare.progress import progress_bar
 from common.data.source import DataError, local_path, read_classes
 from common.data.video.decode import Decoder
 from common.data.video.digits import CLASSES, prepare_moving_digits
 from common.data.video.lists import ClipList, read_list, write_classes, write_list
+from common.data.video.pack import ClipSettings, write_clip_shards
 from common.data.video.probe import (
     Candidate,
     Probe,
@@ -29,6 +32,7 @@ from common.data.video.probe import (
     probe_all,
     read_annotations,
 )
+from common.data.video.shards import open_clips
 from common.errors import ConfigError, RunError, UserError, run_main
 from common.files import atomic_write
 
@@ -125,6 +129,36 @@ def frames(args: argparse.Namespace) -> int:
     return _conclude(len(bad), out)
 
 
+def shards(args: argparse.Namespace) -> int:
+    """Write lists' videos as WebDataset shards, with their lists."""
+    paths = [Path(path) for path in args.lists]
+    if len({path.parent for path in paths}) > 1 or len({path.stem for path in paths}) < len(paths):
+        raise DataError(
+            "lists: expected lists of different names in one folder, such as train.txt and val.txt"
+        )
+    classes = read_classes(paths[0].parent)
+    root = local_path(args.root) if args.root else paths[0].parent
+    lists = {path.stem: open_clips(path, root, classes) for path in paths}
+    given = {
+        field.name: getattr(args, field.name) for field in fields(ClipSettings) if hasattr(args, field.name)
+    }
+    with progress_bar() as bar:
+        written = write_clip_shards(
+            lists, classes, args.out, ClipSettings(**given), args.max_unreadable, args.workers, bar
+        )
+    out = local_path(args.out)
+    counts = " and ".join(
+        f"{len(open_clips(out / f'{split}.txt', out, classes)):,} {split}" for split in lists
+    )
+    print(f"{out}: {counts} videos in shards, {'written' if written else 'there already, nothing to do'}")
+    left_out = out / "quarantine.jsonl"
+    if left_out.exists():
+        print(
+            f"left out, as they could not be used: {len(left_out.read_bytes().splitlines()):,}, see {left_out}"
+        )
+    return 0
+
+
 def _write(out: Path, split: str, candidates: list[Candidate], args: argparse.Namespace) -> int:
     """Write a split's list and report; returns the number of videos that are missing or unreadable."""
     probes = _tracked(probe_all(candidates, _decoder(args), args.workers), len(candidates), split)
@@ -165,9 +199,11 @@ def _namer(source: Path, out: Path) -> Callable[[Path], str]:
 
 def _open_list(args: argparse.Namespace) -> ClipList:
     path = Path(args.list)
-    known = (path.parent / "classes.txt").is_file()
     root = local_path(args.root) if args.root else path.parent
-    return read_list(path, root, len(read_classes(path.parent)) if known else None)
+    if not (path.parent / "classes.txt").is_file():
+        return read_list(path, root)
+    form = "list" if getattr(args, "read_mode", "video") == "img" else "auto"
+    return open_clips(path, root, read_classes(path.parent), form)
 
 
 def _decoder(args: argparse.Namespace) -> Decoder:
@@ -229,7 +265,31 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("out", metavar="OUT", help="folder of the folders and of their list")
     command.add_argument("--root", help="folder that the list's paths are relative to; default: the list's")
     _add_reading(command)
+
+    command = add(
+        "shards", shards, "write lists' videos as WebDataset shards, for reading from few large files"
+    )
+    command.add_argument("lists", nargs="+", metavar="LIST", help="lists in one folder with classes.txt")
+    command.add_argument("out", metavar="OUT", help="folder to make; it appears when everything is written")
+    command.add_argument("--root", help="folder that the lists' paths are relative to; default: the lists'")
+    _add_packing(command)
+    _add_reading(command)
     return parser
+
+
+def _add_packing(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    about = "encode anew as H.264, the shorter side so many pixels (256, 340); default: the bytes are kept"
+    add("--short-side", type=int, metavar="PIXELS", dest="resize", help=about)
+    about = "x264's quality where videos are encoded anew, 0 to 51, less is better; default: %(default)s"
+    add("--crf", type=int, default=20, metavar="Q", help=about)
+    about = "decode also videos whose bytes are kept, and leave out broken ones"
+    add("--check", action="store_true", help=about)
+    add("--shuffle", type=int, metavar="SEED", help="write in a random order; default: the lists' order")
+    about = "stop above it; default: %(default)s"
+    add("--max-unreadable", type=float, default=0.01, metavar="SHARE", help=about)
+    add("--shard-size", type=int, default=256, metavar="MB", dest="shard_mb", help="default: %(default)s")
+    add("--shard-samples", type=int, default=10_000, metavar="N", help="default: %(default)s")
 
 
 def _add_reading(command: argparse.ArgumentParser) -> None:

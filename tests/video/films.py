@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -42,6 +43,18 @@ def film(
             frame.pts, frame.time_base = moment, Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+    return path
+
+
+def lying(path: Path, turns: int) -> Path:
+    """Have an MP4 file say that its frames must be turned to the left so many times to be upright."""
+    data = bytearray(path.read_bytes())
+    sin, cos = ((0, 1), (-1, 0), (0, -1), (1, 0))[turns]
+    matrix = data.index(b"tkhd") + 44
+    data[matrix : matrix + 36] = struct.pack(
+        ">9i", cos << 16, sin << 16, 0, -sin << 16, cos << 16, 0, 0, 0, 1 << 30
+    )
+    path.write_bytes(data)
     return path
 
 

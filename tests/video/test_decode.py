@@ -6,12 +6,13 @@ import random
 import av
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import common.data.video.decode as decoding
 from common.data.source import BadSample
 from common.data.video.decode import Decoder, folder_frames, write_frames
-from tests.video.films import film, number_of, numbered, sound
+from tests.video.films import film, lying, number_of, numbered, sound
 
 DECODER = Decoder()
 KINDS = {
@@ -51,17 +52,35 @@ def test_the_frames_asked_for_arrive(films, kind):
         assert {number: number_of(frame) for number, frame in found.items()} == {n: n for n in numbers}
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "b-frames" in kind or "gop" in kind])
+def test_frames_that_are_not_decoded_change_no_pixel(films, kind):
+    whole = DECODER.frames(films[kind], range(60), "")
+    for start in range(7):
+        for number, frame in DECODER.frames(films[kind], range(start, 60, 7), "").items():
+            assert torch.equal(frame, whole[number])
+
+
+def test_frames_that_no_other_needs_are_not_decoded(films):
+    with av.open(str(films["mp4-b-frames"])) as container:
+        stream, clock = container.streams.video[0], decoding.Clock(60, "")
+        packets = sorted(packet.pts for packet in container.demux(stream) if packet.size)
+        container.seek(0, stream=stream)
+        frames = [frame.pts for frame in decoding.decoded_frames(container, stream, clock, {packets[30]})]
+    assert packets[30] in frames
+    assert len(frames) < 45
+
+
 @pytest.mark.parametrize("kind", ["mp4", "mkv-b-frames", "mp4-open-gop"])
 def test_only_the_groups_that_are_needed_are_decoded(films, kind, monkeypatch):
     count = [0]
-    decoded = decoding._decoded
+    decoded = decoding.decoded_frames
 
     def counting(*args):
         for frame in decoded(*args):
             count[0] += 1
             yield frame
 
-    monkeypatch.setattr(decoding, "_decoded", counting)
+    monkeypatch.setattr(decoding, "decoded_frames", counting)
     DECODER.frames(films[kind], [1, 58], "")
     assert 2 <= count[0] < 30, "two groups of about 12 frames each"
 
@@ -87,6 +106,14 @@ def _mjpeg(folder):
 def test_a_frame_is_made_smaller_as_soon_as_it_is_decoded(films):
     found = DECODER.frames(films["mp4"], [5], "", each=lambda frame: frame[:, :4, :2])
     assert found[5].shape == (3, 4, 2)
+
+
+@pytest.mark.parametrize("turns", [0, 1, 2, 3])
+def test_frames_come_out_upright(tmp_path, turns):
+    path = lying(film(tmp_path / "film.mp4", 20), turns)
+    frame = DECODER.frames(path, [11], "")[11]
+    assert frame.shape == ((3, 48, 64), (3, 64, 48))[turns % 2]
+    assert number_of(torch.rot90(frame, -turns, (1, 2))) == 11
 
 
 def test_colours_are_rgb(tmp_path):

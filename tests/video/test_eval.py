@@ -1,15 +1,20 @@
 """Evaluation over many views: real processes, one and several."""
 
+import base64
+import io
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from common.data.order import Draw
 from common.data.video.clips import ClipConfig, ClipNormalize, VideoDataConfig, open_videos
 from common.data.video.views import VIEWS, ViewAverage, ViewSet
+from common.engine.worst import THUMBNAIL
 from common.errors import ConfigError
 from common.evaluation import parse_checkpoint
 from common.models.build import ModelConfig, build_model
@@ -37,6 +42,7 @@ def test_views_are_averaged_and_scores_saved(reference, digits, tmp_path):
     assert result["top1"] == pytest.approx(100 * (scores["logits"].argmax(1) == scores["labels"]).mean())
     assert f"mean class {result['mean_class']:.2f} %" in done.stdout
     assert (reference / "eval_confusion.png").stat().st_size > 0
+    check_page(reference, result, scores)
     model = build_model(ModelConfig(SMALL["model.name"], json.loads(SMALL["model.args"])), 12).eval()
     load_weights(model, reference)
     clip = ClipConfig(2, 4, 5, 32, 32)
@@ -49,6 +55,19 @@ def test_views_are_averaged_and_scores_saved(reference, digits, tmp_path):
             np.testing.assert_allclose(logits[0].numpy(), scores["logits"][index], rtol=1e-4, atol=1e-4)
 
 
+def check_page(folder, result, scores):
+    """All 12 videos are shown, the worst first, with their names and eight frames each."""
+    page = (folder / "eval.html").read_text()
+    losses = -torch.from_numpy(scores["logits"]).log_softmax(1)[range(12), scores["labels"]]
+    order = losses.argsort(descending=True).tolist()
+    assert [sample["index"] for sample in result["worst"]] == order
+    assert re.findall(r"<figcaption>(val/\S+\.mp4): ", page) == [scores["paths"][index] for index in order]
+    strips = [Image.open(io.BytesIO(base64.b64decode(sample["png"]))) for sample in result["worst"]]
+    assert {strip.size for strip in strips} == {(8 * THUMBNAIL, THUMBNAIL)}
+    assert "Every sample could be read." in page
+    assert "<script" not in page
+
+
 def test_an_unreadable_video_counts_as_wrong_and_is_named(reference, digits, tmp_path):
     path = shutil.copytree(digits, tmp_path / "digits")
     (path / "val" / "grows" / "0000.mp4").write_bytes(b"")
@@ -59,6 +78,9 @@ def test_an_unreadable_video_counts_as_wrong_and_is_named(reference, digits, tmp
     assert named["where"].endswith("val/grows/0000.mp4")
     assert named["reason"] == "empty"
     assert "eval_quarantine.jsonl" in done.stdout
+    assert "val/grows/0000.mp4" in (run_folder / "eval.html").read_text()
+    evaluate(run_folder, views="1x1", data__path=digits, data__workers=0)
+    assert "Every sample could be read." in (run_folder / "eval.html").read_text(), "repaired since"
 
 
 @pytest.mark.slow
@@ -73,6 +95,7 @@ def test_several_processes_give_the_same_numbers(reference, digits, tmp_path, vi
     assert np.load(alone)["paths"].tolist() == np.load(several)["paths"].tolist()
     for key in ("top1", "top5", "samples", "confusion"):
         assert first[key] == second[key]
+    assert [worst["index"] for worst in first["worst"]] == [worst["index"] for worst in second["worst"]]
     assert first["loss"] == pytest.approx(second["loss"])
 
 

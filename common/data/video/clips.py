@@ -16,8 +16,10 @@ from common.data.order import Draw
 from common.data.source import BadSample, DataError, local_path, read_classes
 from common.data.video.crops import centre_box, cut, multi_scale_box, resize, resize_shorter
 from common.data.video.decode import Decoder, Each, folder_frames
-from common.data.video.lists import ClipList, read_list
+from common.data.video.decoders import DecoderName, make_decoder
+from common.data.video.lists import ClipList
 from common.data.video.sampling import clip_frames, test_offsets, train_offsets
+from common.data.video.shards import open_clips
 
 _RGB_MEAN = (123.68, 116.779, 103.939)
 
@@ -27,7 +29,9 @@ class VideoDataConfig(LoaderConfig):
     """Where videos are and how they are read."""
 
     path: str = "data/moving-digits"
-    """Folder with classes.txt and the list files, whose lines are: path frames label."""
+    """Folder with classes.txt and the list files, whose lines are: path frames label; and shards, if there are any."""
+    format: Literal["auto", "list", "webdataset"] = "auto"
+    """Where the videos are: the files that the lists name, or WebDataset shards beside them; auto looks."""
     train: str = "train.txt"
     """Training list, in `path`."""
     val: str = "val.txt"
@@ -36,6 +40,8 @@ class VideoDataConfig(LoaderConfig):
     """Folder that the lists' paths are relative to; by default `path`."""
     read_mode: Literal["video", "img"] = "video"
     """Whether the lists name video files, or folders of frames img_00000.jpg (or img_00001.jpg), …"""
+    decoder: DecoderName = "auto"
+    """What decodes videos: pyav, which auto is, torchcodec (needs a system's FFmpeg) or dali (on a GPU)."""
     decode_seconds: float = 60.0
     """Time limit for decoding one video, which then counts as unreadable."""
     decode_threads: int = 1
@@ -47,6 +53,8 @@ class VideoDataConfig(LoaderConfig):
         super().__post_init__()
         if not 0 <= self.max_unreadable <= 1:
             raise ValueError(f"max_unreadable = {self.max_unreadable}: expected a share, 0 to 1")
+        if self.read_mode == "img" and self.format == "webdataset":
+            raise ValueError("format = webdataset: shards hold videos; expected list with read_mode = img")
         if self.decode_seconds <= 0:
             raise ValueError(f"decode_seconds = {self.decode_seconds}: expected more than 0")
         if self.decode_threads < 0:
@@ -128,8 +136,10 @@ class Videos:
             for offset in offsets
             for number in clip_frames(offset, count, clip.seq_length, clip.sample_rate)
         ]
-        read = folder_frames if self.read_mode == "img" else self.decoder.frames
-        found = read(self.clips.file(index), numbers, where, each)
+        if self.read_mode == "img":
+            found = folder_frames(self.clips.root / self.clips.name(index), numbers, where, each)
+        else:
+            found = self.decoder.frames(self.clips.file(index), numbers, where, each)
         frames = [found[number] for number in numbers]
         if len({frame.shape for frame in frames}) > 1:
             raise BadSample("corrupt", where, "the size of the frames changes")
@@ -205,11 +215,14 @@ def open_videos(data: VideoDataConfig, split: Literal["train", "val"]) -> Videos
 
     Raises:
         DataError: the folder, ``classes.txt`` or the list is missing, or a line is wrong.
+        ConfigError: what the decoder needs is not there.
     """
     path = local_path(data.path)
     if not path.is_dir():
         raise DataError(f"data: {str(path)!r} is not an existing folder")
     classes = read_classes(path)
     file = path / (data.train if split == "train" else data.val)
-    clips = read_list(file, Path(data.root) if data.root else path, len(classes))
-    return Videos(clips, classes, data.read_mode, Decoder(data.decode_seconds, data.decode_threads))
+    form = "list" if data.read_mode == "img" else data.format
+    clips = open_clips(file, Path(data.root) if data.root else path, classes, form)
+    decoder = make_decoder(data.decoder, data.decode_seconds, data.decode_threads)
+    return Videos(clips, classes, data.read_mode, decoder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import time
@@ -29,6 +30,8 @@ av.logging.set_level(av.logging.PANIC)  # FFmpeg's own lines; what is wrong come
 # Seeking in these lands late or has wrong times: they are decoded from the start.
 _UNSEEKABLE = {"avi", "mpegts", "mpeg"}
 
+Video = str | Path | bytes
+"""A video file, or what is in one."""
 Each = Callable[[Tensor], Tensor]
 """What is done to a frame (3, H, W) as soon as it is decoded, such as making it smaller."""
 
@@ -46,44 +49,44 @@ class Decoder:
     threads: int = 1
 
     def frames(
-        self, path: str | Path, wanted: Iterable[int], where: str, each: Each | None = None
+        self, video: Video, wanted: Iterable[int], where: str, each: Each | None = None
     ) -> dict[int, Tensor]:
         """Frames of a video file by number in order of presentation, from 0.
 
         Returns:
-            (3, H, W) uint8 RGB of each number, or what ``each`` makes of it.
+            (3, H, W) uint8 RGB of each number, upright, or what ``each`` makes of it.
 
         Raises:
             BadSample: ``unreadable``, ``empty``, ``corrupt``, ``truncated`` (also a frame beyond the last),
                 ``no video`` (audio only), ``no frames``, ``no decoder`` or ``too slow``.
         """
-        clock, numbers = _Clock(self.seconds, where), sorted(set(wanted))
+        clock, numbers = Clock(self.seconds, where), sorted(set(wanted))
         found: dict[int, Tensor] = {}
-        with _opened(path, where, self, clock) as (container, stream):
-            index = _index(container, stream, where, clock)
+        with opened(video, where, self, clock) as (container, stream):
+            index = packet_index(container, stream, where, clock)
             _check_numbers(numbers, index.length, where)
             if index.times:
                 found = _seek_frames(container, stream, index, numbers, clock, each)
         missing = [number for number in numbers if number not in found]
         if missing:
-            with _opened(path, where, self, clock) as (container, stream):
+            with opened(video, where, self, clock) as (container, stream):
                 found |= _frames_in_order(container, stream, index, missing, where, clock, each)
         return found
 
-    def length(self, path: str | Path, where: str) -> int:
+    def length(self, video: Video, where: str) -> int:
         """The number of frames of a video file, from its packets: nothing is decoded.
 
         Raises:
             BadSample: as :meth:`frames`.
         """
-        clock = _Clock(self.seconds, where)
-        with _opened(path, where, self, clock) as (container, stream):
-            return _index(container, stream, where, clock).length
+        clock = Clock(self.seconds, where)
+        with opened(video, where, self, clock) as (container, stream):
+            return packet_index(container, stream, where, clock).length
 
-    def check(self, path: str | Path, where: str) -> int:
+    def check(self, video: Video, where: str) -> int:
         """Decode all of a file; returns the number of its frames. Raises :class:`BadSample` as :meth:`frames`."""
-        length = self.length(path, where)
-        self.frames(path, range(length), where, each=lambda _: torch.empty(0))
+        length = self.length(video, where)
+        self.frames(video, range(length), where, each=lambda _: torch.empty(0))
         return length
 
 
@@ -115,12 +118,12 @@ def first_number(folder: Path, where: str) -> int:
     raise BadSample(reason, where, "neither img_00000.jpg nor img_00001.jpg is there")
 
 
-def write_frames(path: str | Path, folder: Path, decoder: Decoder, where: str) -> int:
+def write_frames(video: Video, folder: Path, decoder: Decoder, where: str) -> int:
     """Write all frames of a video file as ``img_00001.jpg``, … into ``folder``; returns their number."""
     folder.mkdir(parents=True, exist_ok=True)
-    length = decoder.length(path, where)
+    length = decoder.length(video, where)
     for start in range(0, length, 64):  # not all at once in memory
-        part = decoder.frames(path, range(start, min(start + 64, length)), where)
+        part = decoder.frames(video, range(start, min(start + 64, length)), where)
         for number, frame in part.items():
             image = Image.fromarray(frame.permute(1, 2, 0).numpy())
             image.save(folder / f"img_{number + 1:05d}.jpg", quality=95)
@@ -128,34 +131,37 @@ def write_frames(path: str | Path, folder: Path, decoder: Decoder, where: str) -
 
 
 @dataclass
-class _Index:
+class Index:
+    """The frames of a stream."""
+
     length: int
-    times: list[int]  # of presentation, rising; empty where they cannot be relied on
-    keys: list[int]  # those of key frames
+    times: list[int]
+    """Of presentation, rising; empty where they cannot be relied on."""
+    keys: list[int]
+    """Those of key frames."""
 
 
-class _Clock:
+class Clock:
+    """The time limit of one file."""
+
     def __init__(self, seconds: float, where: str) -> None:
         self.seconds, self.where, self.end = seconds, where, time.monotonic() + seconds
 
     def check(self) -> None:
+        """Raise :class:`BadSample` when the time is over."""
         if time.monotonic() > self.end:
             raise BadSample("too slow", self.where, f"not decoded within {self.seconds:g} s")
 
 
 @contextmanager
-def _opened(
-    path: str | Path, where: str, decoder: Decoder, clock: _Clock
+def opened(
+    video: Video, where: str, decoder: Decoder, clock: Clock
 ) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """A video opened by PyAV; what goes wrong with it becomes a :class:`BadSample`."""
     try:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):
-            raise BadSample("unreadable", where, "not a regular file")
-        if status.st_size == 0:
-            raise BadSample("empty", where, "0 bytes")
         # Only this file: a playlist could name others, or addresses.
         options = {"protocol_whitelist": "file"}
-        with av.open(f"file:{os.path.abspath(path)}", options=options, timeout=decoder.seconds) as container:
+        with av.open(_checked(video, where), "r", options=options, timeout=decoder.seconds) as container:
             if not container.streams.video:
                 raise BadSample("no video", where, f"only {_kinds(container)}")
             stream = container.streams.video[0]
@@ -174,6 +180,20 @@ def _opened(
         raise BadSample("unreadable", where, _detail(error)) from None
 
 
+def _checked(video: Video, where: str) -> str | io.BytesIO:
+    """What PyAV opens of a video that is a file and not empty."""
+    if isinstance(video, bytes):
+        size = len(video)
+    else:
+        status = os.stat(video)
+        if not stat.S_ISREG(status.st_mode):
+            raise BadSample("unreadable", where, "not a regular file")
+        size = status.st_size
+    if size == 0:
+        raise BadSample("empty", where, "0 bytes")
+    return io.BytesIO(video) if isinstance(video, bytes) else f"file:{os.path.abspath(video)}"
+
+
 def _kinds(container: InputContainer) -> str:
     return ", ".join(sorted({stream.type for stream in container.streams})) or "an empty container"
 
@@ -182,8 +202,8 @@ def _detail(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or error)
 
 
-def _index(container: InputContainer, stream: VideoStream, where: str, clock: _Clock) -> _Index:
-    """Walk through the packets: a number of frames times a rate would be wrong where the rate varies."""
+def packet_index(container: InputContainer, stream: VideoStream, where: str, clock: Clock) -> Index:
+    """The frames of a stream, from its packets: number times rate would be wrong where the rate varies."""
     times: list[Any] = []
     keys = []
     for packet in container.demux(stream):
@@ -197,7 +217,7 @@ def _index(container: InputContainer, stream: VideoStream, where: str, clock: _C
         raise BadSample("no frames", where, "the video stream is empty")
     names = set(container.format.name.split(","))
     reliable = None not in times and len(set(times)) == len(times) and not names & _UNSEEKABLE
-    return _Index(len(times), sorted(times) if reliable else [], sorted(keys))
+    return Index(len(times), sorted(times) if reliable else [], sorted(keys))
 
 
 def _check_numbers(numbers: list[int], length: int, where: str) -> None:
@@ -208,19 +228,20 @@ def _check_numbers(numbers: list[int], length: int, where: str) -> None:
 def _seek_frames(
     container: InputContainer,
     stream: VideoStream,
-    index: _Index,
+    index: Index,
     numbers: list[int],
-    clock: _Clock,
+    clock: Clock,
     each: Each | None,
 ) -> dict[int, Tensor]:
     """What seeking finds of the frames: from the key frame before each, over key frames that need no decoding."""
     todo = [(index.times[number], number) for number in reversed(numbers)]
     found: dict[int, Tensor] = {}
+    wanted = {moment for moment, _ in todo}
     while todo:
         before = len(todo)
         group = max(bisect_right(index.keys, todo[-1][0]) - 1, 0)
         container.seek(index.keys[group] if index.keys else todo[-1][0], stream=stream, backward=True)
-        for frame in _decoded(container, stream, clock):
+        for frame in decoded_frames(container, stream, clock, wanted):
             if frame.pts is None:
                 return found
             while todo and todo[-1][0] <= frame.pts:
@@ -239,16 +260,16 @@ def _seek_frames(
 def _frames_in_order(
     container: InputContainer,
     stream: VideoStream,
-    index: _Index,
+    index: Index,
     numbers: list[int],
     where: str,
-    clock: _Clock,
+    clock: Clock,
     each: Each | None,
 ) -> dict[int, Tensor]:
     """The frames, decoded from the start of the file."""
     places = {moment: number for number, moment in enumerate(index.times)}
     missing, found = set(numbers), {}
-    for count, frame in enumerate(_decoded(container, stream, clock)):
+    for count, frame in enumerate(decoded_frames(container, stream, clock)):
         number = places.get(frame.pts, -1) if places and frame.pts is not None else count
         if number in missing:
             if frame.is_corrupt:
@@ -260,16 +281,37 @@ def _frames_in_order(
     raise BadSample("truncated", where, f"frame {min(missing)} of {index.length} cannot be decoded")
 
 
-def _decoded(container: InputContainer, stream: VideoStream, clock: _Clock) -> Iterator[VideoFrame]:
+def decoded_frames(
+    container: InputContainer, stream: VideoStream, clock: Clock, wanted: set[int] | None = None
+) -> Iterator[VideoFrame]:
+    """The frames from where the container is, within the time limit.
+
+    Args:
+        wanted: times; of other frames those may be missing that none is predicted from: they are not decoded.
+    """
+    codec = stream.codec_context
+    needed = wanted if codec.name == "h264" else None  # in others "no reference" does not always mean this
     for packet in container.demux(stream):
         clock.check()
+        if needed is not None:
+            codec.skip_frame = "DEFAULT" if packet.pts is None or packet.pts in needed else "NONREF"
         for frame in packet.decode():
             clock.check()
             yield frame
 
 
+def quarter_turns(frame: VideoFrame) -> int:
+    """Turns to the left that make a frame upright, 0 to 3: a telephone's videos are stored lying."""
+    return round(frame.rotation / 90) % 4
+
+
+def upright(image: Tensor, turns: int) -> Tensor:
+    """A frame (3, H, W), turned; see :func:`quarter_turns`."""
+    return torch.rot90(image, turns, (1, 2)) if turns else image
+
+
 def _finished(frame: VideoFrame, each: Each | None) -> Tensor:
-    image = _tensor(frame.to_ndarray(format="rgb24"))
+    image = upright(_tensor(frame.to_ndarray(format="rgb24")), quarter_turns(frame))
     return each(image) if each else image
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 
 from common.data.digits import digits_images
 from common.data.source import DataError
+from common.data.video.encode import same_bytes
 from common.data.video.lists import Clip, write_classes, write_list
 from common.files import atomic_folder
 
@@ -39,8 +40,6 @@ CLASSES = (
 SPLITS = {"train": 50, "val": 16}
 """Videos of each class."""
 _DIGIT = 32
-# x264's adaptive quantisation reads memory that it has not written: other bytes in every process.
-_SAME_BYTES = "aq-mode=0:mbtree=0"
 
 
 @dataclass
@@ -139,14 +138,7 @@ def write_video(path: Path, frames: Iterator[np.ndarray], rate: int) -> int:
                 stream = container.add_stream("libx264", rate=Fraction(rate))
                 stream.height, stream.width = image.shape[:2]
                 stream.pix_fmt = "yuv420p"
-                stream.codec_context.thread_count = 1  # the threads' number changes the bytes
-                stream.options = {
-                    "preset": "veryfast",
-                    "crf": "18",
-                    "g": "12",
-                    "bf": "2",
-                    "x264-params": _SAME_BYTES,
-                }
+                same_bytes(stream, {"preset": "veryfast", "crf": "18", "g": "12", "bf": "2"})
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
             count += 1
         if stream is not None:

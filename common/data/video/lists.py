@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +40,8 @@ class ClipList:
         """The clip's path as it stands in the list."""
         return self.names[index].decode("utf-8", "surrogateescape")
 
-    def file(self, index: int) -> Path:
-        """The clip's file, or folder of frames."""
+    def file(self, index: int) -> Path | bytes:
+        """The clip's file, or folder of frames; or what is in the file."""
         return self.root / self.name(index)
 
     def where(self, index: int) -> str:
@@ -62,7 +63,7 @@ def read_list(path: Path, root: Path, num_classes: int | None = None) -> ClipLis
         DataError: the file is missing or empty, or a line is wrong: one line with file and line number.
     """
     try:
-        lines = path.read_bytes().decode("utf-8", "surrogateescape").split("\n")
+        lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise DataError(
             f"{path}: {error.strerror}; expected a list, a line a clip: path frames label"
@@ -99,11 +100,14 @@ def write_classes(folder: Path, classes: Iterable[str]) -> None:
         file.write("".join(f"{name}\n" for name in classes).encode())
 
 
-def _parse(line: str, where: str, num_classes: int | None) -> Clip:
-    words = line.rstrip("\r").rsplit(maxsplit=2)
+def _parse(line: bytes, where: str, num_classes: int | None) -> Clip:
+    # As bytes: of text, Python splits at white space of other scripts and at control characters too.
+    words = [word.decode("utf-8", "surrogateescape") for word in line.rsplit(maxsplit=2)]
     if len(words) != 3:
         raise DataError(f"{where}: {line.strip()[:80]!r}: expected path, number of frames and label")
     name, frames, label = words
+    if "\0" in name:
+        raise DataError(f"{where}: {name[:80]!r}: a path cannot hold a zero byte")
     count, number = _integer(frames), _integer(label)
     if count is None or count < 1:
         raise DataError(f"{where}: number of frames {frames!r}: expected a whole number, 1 or more")
@@ -117,8 +121,4 @@ def _parse(line: str, where: str, num_classes: int | None) -> Clip:
 
 
 def _integer(word: str) -> int | None:
-    return (
-        int(word)
-        if word.lstrip("-").isascii() and word.lstrip("-").isdigit() and word.count("-") < 2
-        else None
-    )
+    return int(word) if re.fullmatch("-?[0-9]{1,9}", word) else None

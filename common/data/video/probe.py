@@ -68,16 +68,14 @@ def check_list(
     clips: ClipList, read_mode: str, decoder: Decoder, quick: bool, workers: int
 ) -> Iterator[Probe]:
     """Compare every clip of a list with its file, in order: decode all of it, or with ``quick`` count its packets."""
-    tasks = [(clips.file(i), clips.where(i), int(clips.frames[i])) for i in range(len(clips))]
-    with Workers(workers, _check, (read_mode, decoder, quick)) as pool:
-        yield from pool.map(tasks)
+    with Workers(workers, _check, (clips, read_mode, decoder, quick)) as pool:
+        yield from pool.map(range(len(clips)))
 
 
 def extract_all(clips: ClipList, out: Path, decoder: Decoder, workers: int) -> Iterator[Probe]:
     """Write the frames of every video of a list into a folder of its name, without ending, in ``out``."""
-    tasks = [(clips.file(i), frames_folder(clips.name(i)), clips.where(i)) for i in range(len(clips))]
-    with Workers(workers, _extract, (out, decoder)) as pool:
-        yield from pool.map(tasks)
+    with Workers(workers, _extract, (clips, out, decoder)) as pool:
+        yield from pool.map(range(len(clips)))
 
 
 def frames_folder(name: str) -> str:
@@ -167,12 +165,14 @@ def _count(decoder: Decoder, candidate: Candidate) -> Probe:
         return Probe(candidate.name, 0, bad.reason, bad.detail)
 
 
-def _check(how: tuple[str, Decoder, bool], task: tuple[Path, str, int]) -> Probe:
-    (read_mode, decoder, quick), (file, where, said) = how, task
+def _check(how: tuple[ClipList, str, Decoder, bool], index: int) -> Probe:
+    clips, read_mode, decoder, quick = how
+    where, said = clips.where(index), int(clips.frames[index])
     try:
         if read_mode == "img":
-            frames = _folder_length(file, where)
+            frames = _folder_length(clips.root / clips.name(index), where)
         else:
+            file = clips.file(index)
             frames = decoder.length(file, where) if quick else decoder.check(file, where)
     except BadSample as bad:
         return Probe(where, 0, bad.reason, bad.detail)
@@ -188,9 +188,10 @@ def _folder_length(folder: Path, where: str) -> int:
     return number
 
 
-def _extract(how: tuple[Path, Decoder], task: tuple[Path, str, str]) -> Probe:
-    (out, decoder), (file, name, where) = how, task
+def _extract(how: tuple[ClipList, Path, Decoder], index: int) -> Probe:
+    clips, out, decoder = how
+    where, folder = clips.where(index), out / frames_folder(clips.name(index))
     try:
-        return Probe(where, write_frames(file, out / name, decoder, where))
+        return Probe(where, write_frames(clips.file(index), folder, decoder, where))
     except BadSample as bad:
         return Probe(where, 0, bad.reason, bad.detail)
