@@ -39,8 +39,8 @@ class VisualizeConfig(Config):
     """Classes whose maps are drawn, the likeliest first."""
     pixels: tuple[tuple[float, float], ...] = ((0.5, 0.5),)
     """Places to look from, as shares of height and width, such as [[0.5,0.5],[0.2,0.8]]."""
-    num_classes: int | None = None
-    """Classes of the network, where neither a run nor the data tell."""
+    num_classes: int = 1000
+    """Classes of the network, where no run tells."""
 
     def __post_init__(self) -> None:
         if self.top < 1:
@@ -58,9 +58,10 @@ def main() -> int:
         raise ConfigError(f"no image after {checkpoint!r}; expected CHECKPOINT IMAGE...")
     inputs = [(path, read(path, config)) for path in images]
     classes = class_names(run)
+    model = build_model(config.model, len(classes) or config.num_classes)
     if not classes and Path(config.data.path).is_dir():
-        classes = list(open_source(config.data.path, "val", config.data.format).classes)
-    model = build_model(config.model, config.num_classes or len(classes) or 1000)
+        of_data = list(open_source(config.data.path, "val", config.data.format).classes)
+        classes = of_data if len(of_data) == config.num_classes else []
     print(load_weights(model, checkpoint, strict=config.weights_strict))
     folder = (run or Path(config.out)) / "attention"
     page, *pictures = draw_attention(model, inputs, classes, folder, config.top, config.pixels)

@@ -20,7 +20,7 @@ from common.data.augment import AugmentConfig, Normalize, test_transform
 from common.data.im2rec import Im2recSource
 from common.data.images import ImageSet
 from common.data.loader import FILLER, Batch, LoaderConfig, Unreadable, evaluation_loader
-from common.data.order import Division, Order, micro_ranges
+from common.data.order import Division, Order, evaluation_size, micro_ranges
 from common.data.source import DataError, Source, digest, local_path, open_source
 
 
@@ -142,11 +142,12 @@ def evaluation_batches(
 ) -> Callable[[], Iterator[Batch]]:
     """A function that gives this process's part of the set: equally many batches of equal size on every rank."""
     normalize = _normalize(crop, data.images.device)
+    size = evaluation_size(len(data), batch_size, world)
 
     def start() -> Iterator[Batch]:
         unreadable = data.unreadable[rank::world]
-        for begin in range(0, len(data), batch_size * world):
-            place = begin + rank * batch_size + torch.arange(batch_size, device=data.images.device)
+        for begin in range(0, len(data), size * world):
+            place = begin + rank * size + torch.arange(size, device=data.images.device)
             index = place.clamp_max(len(data) - 1)
             targets = torch.where(place < len(data), data.targets[index], FILLER)
             yield Batch(normalize(data.images[index]), targets, unreadable)

@@ -105,9 +105,15 @@ def micro_ranges(division: Division, first_step: int, steps: int) -> Iterator[ra
             yield range(start + part.start, start + part.stop)
 
 
+def evaluation_size(samples: int, batch_size: int, world: int) -> int:
+    """Rows of each evaluation batch: at most ``batch_size``, so that as few as can be only fill up the last ones."""
+    batches = -(-samples // (batch_size * world))
+    return -(-samples // (batches * world))
+
+
 def evaluation_batches(samples: int, batch_size: int, world: int, rank: int) -> Iterator[list[Draw | None]]:
-    """Every sample once over all processes, in equally many batches on each; None fills up the last ones."""
-    stride = batch_size * world
-    for start in range(0, samples, stride):
-        mine = range(start + rank * batch_size, start + (rank + 1) * batch_size)
+    """Every sample once over all processes, in equally many batches of equal size on each; None fills up the last."""
+    size = evaluation_size(samples, batch_size, world)
+    for start in range(0, samples, size * world):
+        mine = range(start + rank * size, start + (rank + 1) * size)
         yield [Draw(0, index) if index < samples else None for index in mine]

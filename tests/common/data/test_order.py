@@ -1,8 +1,9 @@
 """The order is a function of (seed, epoch, global index), however a batch is divided."""
 
 from collections import Counter
-from itertools import chain
+from itertools import chain, combinations
 
+import numpy as np
 import pytest
 
 from common.data.order import Division, Draw, Order, evaluation_batches, micro_batches
@@ -80,6 +81,34 @@ def test_a_batch_too_small_to_divide_is_an_error():
 def test_evaluation_sees_every_sample_once_in_equally_many_batches(world, samples):
     ranks = [list(evaluation_batches(samples, 8, world, rank)) for rank in range(world)]
     assert len({len(rank) for rank in ranks}) == 1
-    assert all(len(batch) == 8 for rank in ranks for batch in rank)
+    (size,) = {len(batch) for rank in ranks for batch in rank}
+    assert size <= 8
+    assert sum(draw is None for rank in ranks for batch in rank for draw in batch) < len(ranks[0]) * world
     seen = [draw.sample for rank in ranks for batch in rank for draw in batch if draw is not None]
     assert sorted(seen) == list(range(samples))
+
+
+def test_an_epoch_is_shuffled_as_a_whole():
+    """Rank correlation of positions: of a random permutation its deviation is 1/√(n − 1)."""
+    n = 50_000
+    samples = np.arange(n)
+    epochs = [Order(n, seed=1).table(range(epoch * n, (epoch + 1) * n))[:, 1] for epoch in range(4)]
+    places = [np.argsort(epoch) for epoch in epochs]
+    bound = 4 / np.sqrt(n - 1)
+    for place in places:
+        assert abs(np.corrcoef(samples, place)[0, 1]) < bound  # with the order in the files
+        assert (
+            abs(np.corrcoef(place[:-1], place[1:])[0, 1]) < bound
+        )  # neighbours in the files are not neighbours
+    for one, other in combinations(places, 2):
+        assert abs(np.corrcoef(one, other)[0, 1]) < bound  # epochs with each other
+
+
+def test_a_batch_of_sorted_data_has_all_classes():
+    n, classes, batch = 50_000, 10, 500
+    labels = np.arange(n) * classes // n
+    drawn = labels[Order(n, seed=2).table(range(n))[:, 1]].reshape(-1, batch)
+    counts = np.stack([(drawn == label).sum(1) for label in range(classes)], axis=1)
+    # Drawn without regard to the class, a count has the mean 50 and the deviation √(500 · 0.1 · 0.9) = 6.7.
+    assert 0.9 < counts.std() / np.sqrt(batch * 0.1 * 0.9) < 1.1
+    assert counts.min() > 15
