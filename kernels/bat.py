@@ -1,7 +1,7 @@
 """The bilinear attentional transform as an operator: P · x · Q in one pass over x, forward and backward.
 
-On CUDA it runs the kernels of ``cuda/bat.cu``, on maps that lie channels first or last, elsewhere
-:func:`kernels.reference.bilinear_transform`.
+On CUDA it runs the kernels of ``cuda/bat.cu``, on maps that lie channels first or last or are a clip's frames,
+elsewhere :func:`kernels.reference.bilinear_transform`.
 """
 
 from __future__ import annotations
@@ -62,6 +62,22 @@ def bilinear_transform(x: Tensor, p: Tensor, q: Tensor) -> Tensor:
     return transform(x, p.to(exact), q.to(exact))
 
 
+def temporal_transform(x: Tensor, m: Tensor) -> Tensor:
+    """M · x along time: the transform with a Q of one column, over maps of T rows and H·W columns.
+
+    Args:
+        x: (N, C, T, H, W), T a multiple of M's side.
+        m: (N, k, s, s), as P of :func:`bilinear_transform`.
+
+    Returns:
+        (N, C, T, H, W), lying in memory as x does.
+    """
+    exact = torch.promote_types(x.dtype, torch.float32)
+    maps, one = x.flatten(3), m.new_ones((*m.shape[:2], 1, 1), dtype=exact)
+    reference.check_transform(maps, m, one)
+    return transform(maps, m.to(exact), one).unflatten(3, x.shape[3:])
+
+
 @torch.library.custom_op("pairwise::bilinear_transform", mutates_args=())
 def transform(x: Tensor, p: Tensor, q: Tensor) -> Tensor:
     """:func:`bilinear_transform` with P and Q in float32, or finer as x; the result lies in memory as x does."""
@@ -70,8 +86,10 @@ def transform(x: Tensor, p: Tensor, q: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("pairwise::bilinear_transform_gradients", mutates_args=())
-def transform_gradients(of_y: Tensor, x: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, P and Q."""
+def transform_gradients(
+    of_y: Tensor, x: Tensor, p: Tensor, q: Tensor, needs_q: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, P and Q; without ``needs_q`` a kernel leaves that of Q zero."""
     of_x, of_p, of_q = reference.bilinear_transform_gradients(of_y.to(p.dtype), x.to(p.dtype), p, q)
     return torch.empty_like(_dense(x)).copy_(of_x), of_p, of_q
 
@@ -82,7 +100,7 @@ def _(x, p, q):  # type: ignore[no-untyped-def]
 
 
 @transform_gradients.register_fake
-def _(of_y, x, p, q):  # type: ignore[no-untyped-def]
+def _(of_y, x, p, q, needs_q):  # type: ignore[no-untyped-def]
     return torch.empty_like(_dense(x)), p.new_empty(p.shape), q.new_empty(q.shape)
 
 
@@ -91,7 +109,7 @@ def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, of_y):  # type: ignore[no-untyped-def]
-    return transform_gradients(of_y, *ctx.saved_tensors)
+    return transform_gradients(of_y, *ctx.saved_tensors, ctx.needs_input_grad[2])
 
 
 transform.register_autograd(_backward, setup_context=_keep)
@@ -105,15 +123,18 @@ def transform_by_kernel(x: Tensor, p: Tensor, q: Tensor) -> Tensor:
 
 
 @transform_gradients.register_kernel("cuda")
-def gradients_by_kernels(of_y: Tensor, x: Tensor, p: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def gradients_by_kernels(
+    of_y: Tensor, x: Tensor, p: Tensor, q: Tensor, needs_q: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`transform_gradients` by the kernels."""
     x, p, q = _dense(x), p.contiguous(), q.contiguous()
     of_y = torch.empty_like(x).copy_(of_y)  # lies as x does
     of_x = _transformed(of_y, p.mT, q.mT)
-    of_p, of_q = torch.empty_like(p), torch.empty_like(q)
+    of_p, of_q = torch.empty_like(p), torch.zeros_like(q)
     blocks = p.shape[0] * p.shape[1]
     _launch("gradient_p", blocks, p, q, x, q, of_y, of_p, _maps(x, p))
-    _launch("gradient_q", blocks, p, q, x, p, of_y, of_q, _maps(x, p))
+    if needs_q:
+        _launch("gradient_q", blocks, p, q, x, p, of_y, of_q, _maps(x, p))
     return of_x, of_p, of_q
 
 
@@ -127,14 +148,19 @@ def _transformed(x: Tensor, p: Tensor, q: Tensor) -> Tensor:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """``x`` if it lies in memory channels first or last without gaps, else a copy that does."""
-    last = x.is_contiguous(memory_format=torch.channels_last)
-    return x if x.is_contiguous() or last else x.contiguous()
+    """``x`` if it lies in memory without gaps or overlaps, whatever the order of its axes, else a copy that does."""
+    filled = 1
+    for stride, side in sorted((stride, side) for stride, side in zip(x.stride(), x.shape) if side != 1):
+        if stride != filled:
+            return x.contiguous()
+        filled *= side
+    return x
 
 
 def _maps(x: Tensor, p: Tensor) -> Maps:
     images, channels, height, width = x.shape
-    return Maps(*x.stride(), images, channels, p.shape[1], height, width, int(not x.is_contiguous()))
+    # Neighbouring threads take what lies side by side.
+    return Maps(*x.stride(), images, channels, p.shape[1], height, width, int(x.stride(1) < x.stride(3)))
 
 
 def _launch(name: str, blocks: int, p: Tensor, q: Tensor, *arguments: Tensor | Maps) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from common.attention.bat_video import temporal_transform
 from kernels import bat, fbn, noah, pairwise, patchwise, reference, runtime, san
 from tests.kernels import emulator
 from tests.kernels.cases import (
@@ -213,9 +214,28 @@ def test_bilinear_transform(sizes: tuple, dtype: torch.dtype, channels_last: boo
     exact = [t.double().requires_grad_() for t in (x, p, q)]
     want = reference.bilinear_transform(*exact)
     assert_close(y, want.detach(), dtype, "y")
-    gradients = bat.gradients_by_kernels(of_y, x, p, q)
+    gradients = bat.gradients_by_kernels(of_y, x, p, q, True)
     for name, result, of_exact in zip("xpq", gradients, torch.autograd.grad(want, exact, of_y.double())):
         assert_close(result, of_exact, dtype, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_transform_in_time(channels_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On clips whose frames lie one behind the other, as the video networks have them."""
+    monkeypatch.setattr(bat, "transform", bat.transform_by_kernel)
+    frames = torch.randn(3 * 4, 6, 5, 2)
+    if channels_last:
+        frames = frames.to(memory_format=torch.channels_last)
+    clips = frames.unflatten(0, (3, 4)).transpose(1, 2)
+    m = torch.randn(3, 2, 2, 2)
+    y = bat.temporal_transform(clips, m)
+    assert y.stride() == clips.stride()
+    torch.testing.assert_close(y, temporal_transform(clips, m))
+    flat, of_y, one = clips.flatten(3), torch.randn(3, 6, 4, 10), torch.ones(3, 2, 1, 1)
+    results = bat.gradients_by_kernels(of_y, flat, m, one, False)
+    wanted = reference.bilinear_transform_gradients(of_y, flat, m, one)
+    torch.testing.assert_close(results[:2], wanted[:2])
+    assert not results[2].any()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)

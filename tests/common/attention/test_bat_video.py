@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import kernels.bat
 from common.attention import bat
 from common.attention.bat_video import (
     BATBlock3d,
@@ -271,3 +272,17 @@ def test_values_that_do_not_fit_are_named() -> None:
         BATBlock3d(9)
     with pytest.raises(ValueError, match="size=0"):
         BilinearTransform3d(8, size=0)
+
+
+def test_with_a_kernel_time_is_transformed_by_the_bilinear_operator(monkeypatch):
+    """The path that a GPU takes, with the operator's reference in the kernel's place."""
+    x = torch.randn(2, 6, 4, 3, 5, dtype=torch.float64, requires_grad=True)
+    m = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    wanted = temporal_transform(x, m)
+    monkeypatch.setattr(kernels.bat, "runs", lambda *_: True)
+    y = temporal_transform(x, m)
+    torch.testing.assert_close(y, wanted)
+    of_y = torch.randn_like(y)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, (x, m), of_y), torch.autograd.grad(wanted, (x, m), of_y)
+    )
