@@ -7,7 +7,7 @@ position; elsewhere :func:`kernels.reference.pairwise_attention`, its definition
 from __future__ import annotations
 
 import ctypes
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -213,30 +213,26 @@ def _backward(ctx, of_y, *_):  # type: ignore[no-untyped-def]
 pairwise_attention.register_autograd(_backward, setup_context=_keep)
 
 
+class Inputs(NamedTuple):
+    """The tensors that have gradients; see :func:`kernels.reference.pairwise_attention`."""
+
+    centre: Tensor
+    around: Tensor
+    value: Tensor
+    mix: Tensor
+    gamma: Tensor
+    beta: Tensor
+    to_weight: Tensor
+    bias: Tensor
+
+
 @pairwise_attention.register_kernel("cuda")
-def forward_by_kernels(
-    centre: Tensor,
-    around: Tensor,
-    value: Tensor,
-    mix: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    to_weight: Tensor,
-    bias: Tensor,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    eps: float,
-    kernel_size: int,
-    stride: int,
-    dilation: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward_by_kernels(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """:func:`pairwise_attention` by the kernels."""
-    reference.check_pairwise(
-        centre, around, value, mix, gamma, beta, to_weight, bias, kernel_size, stride, dilation
-    )
-    centre, around, value, mix, to_weight, bias = (
-        x.contiguous() for x in (centre, around, value, mix, to_weight, bias)
-    )
+    *tensors, mean, variance, eps, kernel_size, stride, dilation = arguments
+    inputs = Inputs(*(x.contiguous() for x in tensors))
+    reference.check_pairwise(*inputs, kernel_size, stride, dilation)
+    centre, around, value, mix, gamma, beta, to_weight, bias = inputs
     how, maps = _plan_of(around, value, mix, to_weight), _maps(centre, around, kernel_size, stride, dilation)
     pixels = centre[:, 0].numel()
     if mean is None or variance is None:
@@ -256,30 +252,13 @@ def forward_by_kernels(
 
 
 @pairwise_attention_gradients.register_kernel("cuda")
-def gradients_by_kernels(
-    of_y: Tensor,
-    y: Tensor,
-    log_sum: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    batch_statistics: bool,
-    centre: Tensor,
-    around: Tensor,
-    value: Tensor,
-    mix: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    to_weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    kernel_size: int,
-    stride: int,
-    dilation: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def gradients_by_kernels(*arguments: Any) -> tuple[Tensor, ...]:
     """:func:`pairwise_attention_gradients` by the kernels."""
-    centre, around, value, mix, to_weight, bias, of_y = (
-        x.contiguous() for x in (centre, around, value, mix, to_weight, bias, of_y)
+    of_y, y, log_sum, mean, variance, batch_statistics, *tensors, eps, kernel_size, stride, dilation = (
+        arguments
     )
+    centre, around, value, mix, gamma, beta, to_weight, bias = Inputs(*(x.contiguous() for x in tensors))
+    of_y = of_y.contiguous()
     how, maps = _plan_of(around, value, mix, to_weight), _maps(centre, around, kernel_size, stride, dilation)
     pixels, padded_pixels = centre[:, 0].numel(), around[:, 0].numel()
     rstd = torch.rsqrt(variance + eps)
@@ -305,16 +284,17 @@ def gradients_by_kernels(
     of_mix = mix.new_empty((tiles, *mix.shape))
     _launch(how, "gradient_centre", pixels, *given, first, second, of_centre, of_mix, maps)
     _launch(how, "gradient_around", padded_pixels, *given, first, second, of_around, of_value, maps)
-    return (
-        of_centre,
-        of_around,
-        of_value,
-        of_mix.sum(0),
-        of_gamma.to(mix.dtype),
-        of_beta.to(mix.dtype),
-        of_to_weight.sum(0),
-        of_bias.sum(0),
+    gradients = Inputs(
+        centre=of_centre,
+        around=of_around,
+        value=of_value,
+        mix=of_mix.sum(0),
+        gamma=of_gamma.to(mix.dtype),
+        beta=of_beta.to(mix.dtype),
+        to_weight=of_to_weight.sum(0),
+        bias=of_bias.sum(0),
     )
+    return tuple(gradients)
 
 
 def _plan_of(around: Tensor, value: Tensor, mix: Tensor, to_weight: Tensor) -> Plan:
