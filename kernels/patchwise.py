@@ -166,8 +166,8 @@ def gradients_by_kernels(
     blocks = chunks * parts * kernel_size * inputs
     pixels = ctypes.c_int(PIXELS_AT_ONCE)
     _launch("gradient_parameters", blocks, mix, kernel_size, *given, of_mix, of_norm, maps, pixels)
-    of_scale, of_shift = of_norm.sum((0, 1))
-    return of_x, of_scale.contiguous(), of_shift.contiguous(), of_mix.sum(0).permute(2, 0, 1).contiguous()
+    of_scale, of_shift = (of_norm[:, :, which].sum((0, 1)) for which in (0, 1))
+    return of_x, of_scale, of_shift, of_mix.sum(0).permute(2, 0, 1).contiguous()
 
 
 def _blocks(count: int, at_once: int) -> int:
