@@ -1,4 +1,4 @@
-"""Whole networks with the CUDA sources in place of the reference, on a CPU: a program, since it replaces operators for good.
+"""Whole networks with the CUDA sources in place of the reference, on a CPU: a program, for it replaces operators.
 
 Prints the distance of all gradients together from those of the reference in float32, relative to their length: for each
 network the kernels' in float32, and in bfloat16 the reference's and the kernels'.
@@ -13,6 +13,7 @@ import sys
 import timm
 import torch
 
+import image.models  # noqa: F401
 import video.models  # noqa: F401
 from kernels import bat, fbn, noah, pairwise, patchwise, runtime, san
 from tests.kernels import emulator
