@@ -1,5 +1,6 @@
 // Enough of CUDA to run a kernel of kernels/cuda on the CPU, one block after the other: a thread is a fiber that runs
-// until __syncthreads. Shared memory begins as NaN, so that what was never written is seen.
+// until __syncthreads. Shared memory begins as NaN, so that what was never written is seen; and threads can take turns
+// backwards, so that a result that depends on their order, for want of a barrier, is seen too.
 #pragma once
 #include <cmath>
 #include <cstdio>
@@ -34,6 +35,7 @@ struct Fiber {
 static ucontext_t scheduler;
 static std::vector<Fiber> fibers;
 static size_t running;
+static bool backwards;
 static void (*body)(void**);
 static void** arguments;
 
@@ -82,7 +84,8 @@ static void launch_on_cpu(void (*kernel)(void**), dim3 grid, dim3 block, size_t 
         for (size_t done = 0; done < threads;) {
             size_t met = 0;
             done = 0;
-            for (running = 0; running < threads; ++running) {
+            for (size_t turn = 0; turn < threads; ++turn) {
+                running = backwards ? threads - 1 - turn : turn;
                 if (!fibers[running].done) {
                     threadIdx = fibers[running].index;
                     swapcontext(&scheduler, &fibers[running].context);

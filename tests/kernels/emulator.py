@@ -15,6 +15,9 @@ from torch import Tensor
 
 from kernels.runtime import Kernel, parameters
 
+BACKWARDS = False
+"""Whether threads take turns from the last to the first."""
+
 SOURCES = Path(__file__).parents[2] / "kernels" / "cuda"
 WRAPPER = """
 #include <utility>
@@ -23,6 +26,7 @@ template <class... A, void (*K)(A...)> struct Call<K> {
     template <size_t... I> static void with(void** p, std::index_sequence<I...>) { K(*static_cast<A*>(p[I])...); }
     static void run(void** p) { with(p, std::index_sequence_for<A...>{}); }
 };
+extern "C" void take_turns(bool last_first) { backwards = last_first; }
 extern "C" void run(const char* name, unsigned grid, const unsigned* block, size_t shared_bytes, void** arguments) {
     dim3 blocks, threads;
     blocks.x = grid; threads.x = block[0]; threads.y = block[1]; threads.z = block[2];
@@ -54,9 +58,9 @@ def launch(
             assert x.device.type == "cpu"
             assert x.untyped_storage().nbytes() >= x.numel() * x.itemsize  # no expanded tensor
     values, pointers = parameters(arguments)
-    library(kernel.source, kernel.defines).run(
-        kernel.name.encode(), grid, (ctypes.c_uint * 3)(*block), ctypes.c_size_t(shared_bytes), pointers
-    )
+    code = library(kernel.source, kernel.defines)
+    code.take_turns(ctypes.c_bool(BACKWARDS))
+    code.run(kernel.name.encode(), grid, (ctypes.c_uint * 3)(*block), ctypes.c_size_t(shared_bytes), pointers)
     del values
 
 

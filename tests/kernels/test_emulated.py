@@ -83,6 +83,17 @@ def test_pairwise_attention_of_one_image_and_of_none() -> None:
     assert not any(gradient.any() for gradient in gradients)
 
 
+@pytest.mark.parametrize("module", SAN_STAGES, ids=str)
+def test_the_order_of_threads_does_not_matter(module: Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a barrier is missing between what one thread writes and another reads, it does."""
+    case = pairwise_case(module, Geometry(5, 9, 3), torch.float32)
+    forwards = by_kernels(case)
+    monkeypatch.setattr(emulator, "BACKWARDS", True)
+    for results, again in zip(forwards, by_kernels(case)):
+        for result, other in zip(results, again):
+            assert torch.equal(result, other)
+
+
 def test_large_differences_neither_overflow_nor_cancel() -> None:
     """Hidden values far from zero, and logits whose exponentials overflow."""
     case = pairwise_case(SMALL[0], Geometry(5, 7, 3), torch.float32)
@@ -217,6 +228,24 @@ def test_bilinear_transform(sizes: tuple, dtype: torch.dtype, channels_last: boo
     gradients = bat.gradients_by_kernels(of_y, x, p, q, True)
     for name, result, of_exact in zip("xpq", gradients, torch.autograd.grad(want, exact, of_y.double())):
         assert_close(result, of_exact, dtype, f"gradient of {name}")
+
+
+def test_nor_in_the_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, p, q, of_y = transform_case(TRANSFORMS[-1], torch.float32)
+    *patches, of_h = patches_case(Geometry(5, 7, 3), torch.float32, 8)
+    query, value, of_sum = torch.randn(20, 40), torch.randn(20, 40), torch.randn(20)
+
+    def results() -> list[torch.Tensor]:
+        y, log_sum = noah.summed_by_kernel(query, value)
+        return [
+            *bat.gradients_by_kernels(of_y, x, p, q, True),
+            *patchwise.gradients_by_kernels(of_h, *patches, 3, 1, 1),
+            *(y, log_sum, *noah.gradients_by_kernel(of_sum, query, value, y, log_sum)),
+        ]
+
+    forwards = results()
+    monkeypatch.setattr(emulator, "BACKWARDS", True)
+    assert all(torch.equal(result, other) for result, other in zip(forwards, results(), strict=True))
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
