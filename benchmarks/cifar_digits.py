@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from common.engine.run import environment, read_metrics
+from common.engine.run import read_metrics
+from common.environment import environment
 
 ROOT = Path(__file__).parent.parent
 # FBN's published alternative to a slow start, here besides it: the FB layer learns ten times slower.

@@ -24,7 +24,7 @@ from torchvision.datasets import CIFAR10
 
 from common.data.memory import CropConfig, MemorySet, train_batches
 from common.data.order import Division, Order
-from common.engine.run import environment
+from common.environment import environment
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 

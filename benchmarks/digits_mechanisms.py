@@ -19,7 +19,8 @@ from cifar_digits import QUIET, script, spread
 from torch.nn import functional as F
 
 import image.models  # noqa: F401  (registers the models)
-from common.engine.run import environment, read_metrics
+from common.engine.run import read_metrics
+from common.environment import environment
 from common.models.build import ModelConfig, build_model
 from common.models.table import count_params
 

@@ -21,9 +21,9 @@ import image.models  # noqa: F401  (registers the models)
 from common.data.loader import Batch
 from common.engine.config import EngineConfig, TrainConfig
 from common.engine.log import LogConfig
-from common.engine.run import environment
 from common.engine.setup import start_accelerator
 from common.engine.trainer import Data, Trainer
+from common.environment import environment
 from common.models.build import ModelConfig, build_model
 
 CLASSES = 10
@@ -92,9 +92,11 @@ def bare(images: Tensor, targets: Tensor) -> Callable[[int], None]:
     return run
 
 
-def trainer(images: Tensor, targets: Tensor, folder: str) -> Callable[[int], None]:
-    """The same work by the engine, with its log entries."""
-    train = TrainConfig(epochs=10**6, batch_size=images.shape[1])
+def trainer(
+    images: Tensor, targets: Tensor, folder: str, network: ModelConfig | None = None, world: int = 1
+) -> Callable[[int], None]:
+    """The same work by the engine, with its log entries; in each of ``world`` processes on batches of its own."""
+    train = TrainConfig(epochs=10**6, batch_size=images.shape[1] * world)
     config = EngineConfig(out=folder, train=train, log=LogConfig(every=20))
     accelerator = start_accelerator(config)
     batches = [Batch(x.to(accelerator.device), y.to(accelerator.device)) for x, y in zip(images, targets)]
@@ -105,7 +107,7 @@ def trainer(images: Tensor, targets: Tensor, folder: str) -> Callable[[int], Non
             step += 1
 
     data = Data(10**6, tuple("0123456789"), endless, lambda: iter(()), "benchmark", 0.01)
-    model = build_model(ModelConfig("resnet18_bat", SMALL), CLASSES)
+    model = build_model(network or ModelConfig("resnet18_bat", SMALL), CLASSES)
     engine = Trainer(config, accelerator, model, data)
     engine.begin()
     stream = endless(0)

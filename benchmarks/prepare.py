@@ -24,7 +24,7 @@ import numpy as np
 
 from common.data.prepare.convert import convert, find_splits
 from common.data.prepare.settings import Settings
-from common.engine.run import environment
+from common.environment import environment
 from common.files import sync_all
 
 CLASSES = 20

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 import cifar.models  # noqa: F401  (registers the models)
-from common.engine.run import environment
+from common.environment import environment
 
 
 def main() -> None:

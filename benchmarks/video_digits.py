@@ -13,7 +13,8 @@ from pathlib import Path
 
 from cifar_digits import QUIET, script, spread
 
-from common.engine.run import environment, read_metrics
+from common.engine.run import read_metrics
+from common.environment import environment
 
 SMALL = {"layers": [1, 1, 1, 1], "channels": [12, 16, 24, 32], "drop_rate": 0.0}
 NETS: dict[str, dict[str, str]] = {

@@ -16,7 +16,7 @@ from common.data.arrays import write_arrays
 from common.data.digits import CLASSES, SPLITS, digits_images
 from common.data.memory import MemoryConfig, load_memory
 from common.data.recordio import write_recordio
-from common.data.shards import write_shards
+from common.data.shard_writer import write_shards
 from common.data.source import DataError, Sample, local_path
 from common.errors import ConfigError, UserError, run_main
 from common.files import atomic_folder, atomic_write

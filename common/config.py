@@ -182,7 +182,9 @@ def _explain(message: str, cls: type) -> str:
 def _expected(problem: str) -> str:
     if choice := re.search(r"typing\.Literal\[(.+?)\]\. Got value: (.*)", problem):
         valid = [word.strip(" '\"") for word in choice[1].split(",")]
-        return f"{choice[2]!r} is not valid; expected one of {', '.join(valid)}; {nearest(choice[2], valid)}"
+        hint = nearest(choice[2], valid)
+        more = f"; {hint}" if hint.startswith("did you mean") else ""
+        return f"{choice[2]!r} is not valid; expected one of {', '.join(valid)}{more}"
     if kind := re.search(r"Expected an? (?:<class '([\w.]+)'>|(.+?))\. Got value: (.*)", problem):
         return f"{kind[3]!r} is not valid; expected {kind[1] or kind[2]}"
     if union := re.search(r"Subtypes: \[(.+?)\] Errors.*Given value: (.*)", problem):

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
+from rich.progress import track
 
 from common.data.digits import SPLITS, prepare_digits
-from common.data.prepare import convert, feed, imagenet, verify
+from common.data.prepare import convert, imagenet, verify
+from common.data.prepare.progress import progress_bar
 from common.data.prepare.settings import DEFAULT_QUALITY, Settings
 from common.data.source import FORMS, DataError, Sample, Source, local_path, open_source
 from common.errors import ConfigError, RunError, UserError, run_main
@@ -66,7 +66,7 @@ def from_imagenet(args: argparse.Namespace) -> int:
 
 def check(args: argparse.Namespace) -> int:
     """Verify a data set, write the report, and say in a line a split what was found."""
-    with _bar() as progress:
+    with progress_bar() as progress:
         reports = verify.verify(args.path, args.split, args.source_format, _workers(args, True), progress)
     verify.write_report(reports, Path(args.out or args.path))
     problems = [problem for report in reports.values() for problem in report.problems]
@@ -87,7 +87,7 @@ def _convert(sources: Mapping[str, Source], args: argparse.Namespace) -> int:
     given = {field.name: getattr(args, field.name) for field in fields(Settings) if hasattr(args, field.name)}
     settings = Settings(**given)
     workers = _workers(args, settings.reencodes or settings.check)
-    with _bar() as progress:
+    with progress_bar() as progress:
         written = convert.convert(sources, args.out, settings, args.max_unreadable, workers, progress)
     done = "written" if written else "there already, nothing to do"
     counts = " and ".join(
@@ -232,22 +232,6 @@ def _add_conversion(command: argparse.ArgumentParser, form: str | None = None) -
 def _track(samples: Iterable[Sample], split: str) -> Iterable[Sample]:
     console = Console(stderr=True)
     return track(list(samples), split, console=console, transient=True, disable=not console.is_terminal)
-
-
-@contextmanager
-def _bar() -> Iterator[feed.Progress]:
-    """A bar a split, on a terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        tasks = {}
-
-        def update(split: str, done: int, total: int) -> None:
-            if split not in tasks:
-                tasks[split] = bar.add_task(split, total=total)
-            bar.update(tasks[split], completed=done)
-
-        yield update
 
 
 if __name__ == "__main__":

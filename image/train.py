@@ -18,6 +18,7 @@ from common.data.digits import prepare_digits
 from common.data.images import DataConfig, open_images
 from common.data.loader import evaluation_loader, train_batches
 from common.data.order import Division, Order
+from common.data.views import refuse_unknown
 from common.engine.config import EngineConfig
 from common.engine.setup import start_accelerator
 from common.engine.trainer import Data, total_steps
@@ -42,6 +43,8 @@ class Config(EngineConfig):
 def main() -> int:
     """Train as the command line says; returns the exit code."""
     config, _ = parse(Config, default_recipe=DIGITS, description=__doc__)
+    if config.data.backend == "dali":
+        refuse_unknown(config.augment)
     accelerator = start_accelerator(config)
     prepare_default_data(config.data, accelerator)
     data = open_data(config, accelerator)

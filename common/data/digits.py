@@ -14,7 +14,7 @@ from PIL import Image
 
 from common.data.folder import write_folder
 from common.data.recordio import write_recordio
-from common.data.shards import write_shards
+from common.data.shard_writer import write_shards
 from common.data.source import FORMS, DataError, Sample, local_path, open_source
 from common.files import atomic_folder, atomic_write
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -11,13 +10,12 @@ import numpy as np
 
 from common.data.source import (
     IMAGE_EXTENSIONS,
-    BadSample,
     DataError,
     Names,
     Sample,
     check_key,
-    check_size,
     digest,
+    read_file,
     refuse_existing,
 )
 from common.files import atomic_folder
@@ -50,18 +48,7 @@ class FolderSource:
     def read(self, index: int) -> tuple[bytes, int]:
         """The bytes of the file, and its class."""
         where = self.where(index)
-        try:
-            # A pipe that is called .jpg must not block the reader.
-            with open(
-                os.open(f"{self.root}/{where}", os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0
-            ) as file:
-                status = os.fstat(file.fileno())
-                if not stat.S_ISREG(status.st_mode):
-                    raise BadSample("unreadable", where, "not a regular file")
-                check_size(status.st_size, where)
-                return file.read(), int(self._labels[index])
-        except OSError as error:
-            raise BadSample("unreadable", where, error.strerror or str(error)) from None
+        return read_file(f"{self.root}/{where}", where), int(self._labels[index])
 
     def where(self, index: int) -> str:
         """``class/name``."""

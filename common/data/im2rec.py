@@ -11,6 +11,9 @@ from common.data.recordio import RecordioSource, part_header, unframe, unpack
 from common.data.source import BadSample, DataError
 from common.files import RandomReads
 
+_MAX_CLASSES = 100_000
+"""A larger label is damage: it would be believed, and a network made for as many classes."""
+
 
 class Im2recSource(RecordioSource):
     """The images of one file, in its order; see :class:`common.data.source.Source`.
@@ -57,5 +60,5 @@ def _label(record: bytes) -> int:
         labels = unpack(unframe(record)).labels
     except BadSample:
         return -1
-    whole = len(labels) == 1 and 0 <= labels[0] < 2**24 and labels[0] == int(labels[0])
+    whole = len(labels) == 1 and 0 <= labels[0] < _MAX_CLASSES and labels[0] == int(labels[0])
     return int(labels[0]) if whole else -1

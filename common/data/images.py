@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import inf
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -17,9 +17,10 @@ from common.data.augment import (
     train_transform,
 )
 from common.data.decode import decode_rgb
+from common.data.jpeg import decode_plain
 from common.data.loader import FILLER, UNREADABLE, LoaderConfig, Row, Unreadable
 from common.data.order import Draw
-from common.data.source import BadSample, Source, open_source
+from common.data.source import BadSample, Cache, Source, open_source
 
 
 @dataclass
@@ -27,9 +28,18 @@ class DataConfig(LoaderConfig):
     """Where images are and how they are read."""
 
     path: str = "data/digits"
-    """Folder that image/prepare.py made, or one of class folders: PATH/train/CLASS/*.jpg, PATH/val/CLASS/*.jpg."""
+    """Folder that image/prepare.py made, or one of class folders: PATH/train/CLASS/*.jpg, PATH/val/CLASS/*.jpg; of
+    shards also their address on a server: https://, http:// or s3://."""
     format: Literal["auto", "folder", "recordio", "webdataset"] = "auto"
     """Form of the data; auto looks what is there."""
+    cache: str = Cache.folder
+    """Folder for the shards of a server; processes and runs of a machine share it."""
+    cache_gb: float = Cache.gigabytes
+    """10⁹ bytes that they may take there."""
+    backend: Literal["torch", "dali"] = "torch"
+    """What decodes, crops and resizes: worker processes (torch), or NVIDIA DALI."""
+    device: Literal["cpu", "gpu"] = "cpu"
+    """Where DALI does it."""
     max_unreadable: float = 0.01
     """Share of unreadable samples above which training stops."""
 
@@ -37,6 +47,10 @@ class DataConfig(LoaderConfig):
         super().__post_init__()
         if not 0 <= self.max_unreadable <= 1:
             raise ValueError(f"max_unreadable = {self.max_unreadable}: expected a share, 0 to 1")
+        if not self.cache_gb > 0:
+            raise ValueError(f"cache_gb = {self.cache_gb}: expected a number above 0")
+        if self.device == "gpu" and self.backend != "dali":
+            raise ValueError("device = gpu: only with data.backend = dali")
 
 
 @dataclass
@@ -50,6 +64,8 @@ class ImageSet:
     training: bool
     calm: ImageTransform | None = None
     calm_from: float = inf
+    tensors: bool = False
+    """The transform takes tensors, which plain JPEGs are sooner decoded to."""
 
     def row(self, draw: Draw) -> Row:
         """The augmented image (3, size, size) and its label.
@@ -62,16 +78,20 @@ class ImageSet:
             index = (draw.sample + offset) % len(self.source)
             try:
                 data, label = self.source.read(index)
-                image = decode_rgb(data, self.source.where(index))
+                return Row(self.inputs(data, self.source.where(index), draw), label, tuple(unreadable))
             except BadSample as bad:
                 unreadable.append(Unreadable(bad.where, bad.reason, bad.detail))
                 if not self.training:
                     return Row(self.filler().inputs, UNREADABLE, tuple(unreadable))
-                continue
-            transform = self.calm if self.calm and draw.epoch >= self.calm_from else self.transform
-            with seeded(self.seed, draw):
-                return Row(transform(image), label, tuple(unreadable))
         raise RuntimeError("no sample of the data set can be read")
+
+    def inputs(self, data: bytes, where: str, draw: Draw) -> Any:
+        """The encoded image ``data`` decoded and augmented; raises :class:`BadSample` if it cannot be."""
+        pixels = decode_plain(data) if self.tensors else None
+        image = decode_rgb(data, where) if pixels is None else pixels
+        transform = self.calm if self.calm and draw.epoch >= self.calm_from else self.transform
+        with seeded(self.seed, draw):
+            return transform(image)
 
     def filler(self) -> Row:
         """A row that only fills up a batch."""
@@ -87,10 +107,16 @@ def open_images(
         epochs: length of the whole training, whose last ``augment.calm_epochs`` are calmer.
 
     Raises:
-        UserError: nothing is there, or not in the form asked for.
+        UserError: nothing is there, or not in the form asked for; or the backend cannot do it.
     """
-    source, size = open_source(data.path, split, data.format), augment.size
+    source = open_source(data.path, split, data.format, Cache(data.cache, data.cache_gb))
+    size = augment.size
+    if data.backend == "dali":
+        from common.data.dali import open_dali  # it imports this module
+
+        return open_dali(source, data.device, augment, split == "train", seed)
     if split != "train":
         return ImageSet(source, test_transform(augment), seed, size, training=False)
     calm, calm_from = calm_transform(augment), epochs - augment.calm_epochs
-    return ImageSet(source, train_transform(augment), seed, size, True, calm, calm_from)
+    tensors = augment.kind == "standard"
+    return ImageSet(source, train_transform(augment), seed, size, True, calm, calm_from, tensors)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from common.data.order import Division, Draw, Order, evaluation_batches, micro_batches
 from common.data.workers import end_with_parent, start_server
+from common.errors import UserError
 
 FILLER = -1
 """Target of a row that only fills up an evaluation batch."""
@@ -31,7 +33,8 @@ class Unreadable(NamedTuple):
 class Row(NamedTuple):
     """One sample, ready for a batch."""
 
-    inputs: Tensor
+    inputs: Any
+    """A tensor; anything else of a :class:`BatchMaker`."""
     target: int
     unreadable: tuple[Unreadable, ...] = ()
 
@@ -61,7 +64,8 @@ class LoaderConfig:
     """How batches are made."""
 
     workers: int = -1
-    """Processes that decode and augment; 0 does it in the main process, -1 is one per core but one, 8 at most."""
+    """Processes that decode and augment (for DALI read and draw, with as many threads that decode); 0 does it in the
+    main process, -1 is one per core but one, 8 at most."""
     prefetch: int = 4
     """Batches that each worker keeps ready."""
 
@@ -77,12 +81,28 @@ class LoaderConfig:
         return self.workers if self.workers >= 0 else min(8, max(1, len(os.sched_getaffinity(0)) - 1))
 
 
+Draws = Iterator[Sequence[Draw | None]]
+Finish = Callable[[Tensor], Tensor]
+
+
+@runtime_checkable
+class BatchMaker(Protocol):
+    """A data set whose rows are no tensors yet: it makes the batches of them itself."""
+
+    def batches(
+        self, draws: Draws, config: LoaderConfig, device: torch.device, finish: Finish
+    ) -> Iterator[Batch]: ...
+
+
 class _Rows(Dataset):
     def __init__(self, data: DrawDataset) -> None:
         self.data = data
 
-    def __getitem__(self, draw: Draw | None) -> Row:
-        return self.data.filler() if draw is None else self.data.row(draw)
+    def __getitem__(self, draw: Draw | None) -> Row | UserError:
+        try:
+            return self.data.filler() if draw is None else self.data.row(draw)
+        except UserError as error:  # raised in a worker, it would arrive as its traceback
+            return error
 
 
 def train_batches(
@@ -92,7 +112,7 @@ def train_batches(
     steps: int,
     config: LoaderConfig,
     device: torch.device,
-    finish: Callable[[Tensor], Tensor],
+    finish: Finish,
 ) -> Callable[[int], Iterator[Batch]]:
     """A function that gives this process's micro-batches from any step on, up to ``steps``.
 
@@ -119,7 +139,7 @@ def evaluation_loader(
     rank: int,
     config: LoaderConfig,
     device: torch.device,
-    finish: Callable[[Tensor], Tensor],
+    finish: Finish,
 ) -> Callable[[], Iterator[Batch]]:
     """A function that gives this process's part of the evaluation set: equally many batches on every rank."""
 
@@ -131,38 +151,64 @@ def evaluation_loader(
 
 def _batches(
     data: DrawDataset,
-    draws: Iterator[Sequence[Draw | None]],
+    draws: Draws,
     config: LoaderConfig,
     device: torch.device,
-    finish: Callable[[Tensor], Tensor],
+    finish: Finish,
 ) -> Iterator[Batch]:
+    if isinstance(data, BatchMaker):
+        yield from data.batches(draws, config, device, finish)
+        return
+    for inputs, targets, unreadable in load_rows(data, draws, config, _collate, device.type == "cuda"):
+        inputs = inputs.to(device, non_blocking=True)
+        yield Batch(finish(inputs), targets.to(device, non_blocking=True), unreadable)
+
+
+def load_rows(
+    data: DrawDataset,
+    draws: Draws,
+    config: LoaderConfig,
+    collate: Callable[[list[Row]], Any],
+    pin: bool = False,
+) -> Iterator[Any]:
+    """The rows of each list of draws, made by worker processes and put together by ``collate``.
+
+    Raises:
+        UserError: a worker met it.
+    """
     loader: DataLoader = DataLoader(
         _Rows(data),
         batch_sampler=_Plan(draws),  # type: ignore[arg-type]
         num_workers=config.processes,
         prefetch_factor=config.prefetch if config.processes else None,
-        collate_fn=_collate,
-        pin_memory=device.type == "cuda",
+        collate_fn=partial(_collate_or_error, collate),
+        pin_memory=pin,
         worker_init_fn=end_with_parent,
         multiprocessing_context=start_server() if config.processes else None,
         generator=torch.Generator(),  # its own, so that starting workers draws nothing from the global one
     )
-    for inputs, targets, unreadable in loader:
-        inputs = inputs.to(device, non_blocking=True)
-        yield Batch(finish(inputs), targets.to(device, non_blocking=True), unreadable)
+    for collated in loader:
+        if isinstance(collated, UserError):
+            raise collated
+        yield collated
 
 
 class _Plan:
     """A batch sampler that is walked once."""
 
-    def __init__(self, draws: Iterator[Sequence[Draw | None]]) -> None:
+    def __init__(self, draws: Draws) -> None:
         self.draws = draws
 
     def __iter__(self) -> Iterator[Sequence[Draw | None]]:
         return self.draws
 
 
+def _collate_or_error(collate: Callable[[list[Row]], Any], found: list[Row | UserError]) -> Any:
+    errors = [row for row in found if isinstance(row, UserError)]
+    return errors[0] if errors else collate(cast("list[Row]", found))
+
+
 def _collate(rows: list[Row]) -> tuple[Tensor, Tensor, list[Unreadable]]:
-    inputs = torch.stack([row.inputs for row in rows])
+    inputs = default_collate([row.inputs for row in rows])  # in a worker straight into shared memory
     targets = torch.tensor([row.target for row in rows])
     return inputs, targets, [bad for row in rows for bad in row.unreadable]

@@ -277,18 +277,19 @@ def _cut(payload: bytes) -> list[bytes]:
 
 
 def _part_files(root: Path, split: str) -> list[Path]:
-    numbers = sorted(
-        int(found[1]) for name in os.listdir(root) if (found := re.fullmatch(rf"{split}_(\d+)\.rec", name))
-    )
+    found = (re.fullmatch(rf"{split}_([0-9]+)\.rec", name) for name in os.listdir(root))
+    parts = sorted((int(part[1]), part[0]) for part in found if part)
     single = root / f"{split}.rec"
-    if single.exists() and numbers:
-        raise DataError(f"{single} and {split}_{numbers[0]}.rec are both there; expected one or the other")
+    if single.exists() and parts:
+        raise DataError(f"{single} and {parts[0][1]} are both there; expected one or the other")
     if single.exists():
         return [single]
-    missing = sorted(set(range(numbers[-1] + 1)) - set(numbers))
-    if missing:
-        raise DataError(f"{root / f'{split}_{missing[0]}.rec'} is missing; parts go up to {numbers[-1]}")
-    return [root / f"{split}_{number}.rec" for number in numbers]
+    for expected, (number, name) in enumerate(parts):
+        if number > expected:
+            raise DataError(f"{root / f'{split}_{expected}.rec'} is missing; parts go up to {parts[-1][0]}")
+        if number < expected:
+            raise DataError(f"{root / name} and {parts[expected - 1][1]} are the same part; expected one")
+    return [root / name for _, name in parts]
 
 
 def _spans(rec: Path, number: int, files: RandomReads) -> np.ndarray:

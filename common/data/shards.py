@@ -10,9 +10,9 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -21,22 +21,24 @@ from common.data.source import (
     BadSample,
     DataError,
     Names,
-    Sample,
-    check_key,
     check_size,
     digest,
-    image_extension,
     read_classes,
-    refuse_existing,
 )
-from common.files import Hashed, RandomReads, atomic_write
+from common.files import RandomReads
 
-_BLOCK = tarfile.BLOCKSIZE
-_VERSION = "v1.2"
-_COMPONENT = re.compile(r"(\S+) ([0-9]{1,18}) ([0-9]{1,18}) ((?:\S*/)?[^\s./]+)\.\1(?: |$)")
-"""ext, offset, size and name of a member in the index; the name is the key, a dot and ext."""
+T = TypeVar("T")
+
+BLOCK = tarfile.BLOCKSIZE
+VERSION = "v1.2"
+_INTEGER = re.compile("[0-9]{1,18}")
+_MAX_LABEL_BYTES = 100
+_MAX_PAX_BYTES = 1 << 20
+_CONTROL = re.compile(r"[\0-\x1f\x7f]")
 _NUMBER = re.compile(r"^[0-9]{8}-(?=.)")
 _PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE)
+_FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+"""Not those with holes, whose bytes are not the file's."""
 
 
 class Member(NamedTuple):
@@ -56,20 +58,22 @@ class Member(NamedTuple):
 class ShardSource:
     """One split in shards; see :class:`common.data.source.Source`. Samples are in the order of the shards."""
 
-    def __init__(self, root: Path, split: str) -> None:
-        """Raises :class:`DataError`: shards, index, manifest and classes.txt do not fit together."""
+    def __init__(
+        self, root: Path, split: str, reads: Callable[[list[Path]], RandomReads] | None = None
+    ) -> None:
+        """Open the shards; ``reads``, of their paths, reads those that need not be there yet.
+
+        Raises:
+            DataError: shards, index, manifest and classes.txt do not fit together.
+        """
         self.classes = read_classes(root)
-        manifest = _read_manifest(root, split)
-        paths = _shard_files(root, split, manifest)
-        if manifest is not None and tuple(manifest["classes"]) != self.classes:
-            raise DataError(f"{root / 'classes.txt'} and {split}.json name different classes")
-        self._files = RandomReads(paths)
-        self._checksums = [str(entry["sha256"]) for entry in manifest["shards"]] if manifest else []
+        there = reads is None
+        shards, self._checksums = open_shards(root, split, self.classes, _image_and_label, there)
+        paths = [path for path, _ in shards]
+        self._files = RandomReads(paths) if reads is None else reads(paths)
         names: list[bytes] = []
         places: list[np.ndarray] = []
-        for path in paths:
-            samples = read_index(path)
-            _check_manifest(path, len(samples), manifest)
+        for _, samples in shards:
             names += [os.fsencode(image.name) for image, _ in samples]
             rows = [(*image[2:], *label[2:]) for image, label in samples]
             places.append(np.array(rows, dtype=np.int64).reshape(-1, 4))
@@ -84,6 +88,8 @@ class ShardSource:
         """The encoded image and its label."""
         key, ext = _split_name(os.fsdecode(self._names[index]))
         image, image_size, label, label_size = self._places[index].tolist()
+        if label_size > _MAX_LABEL_BYTES:
+            raise BadSample("bad label", self.where(index), f"{label_size} bytes: expected a class index")
         text = self._member(index, Member(key, "cls", label, label_size)).strip()
         if not text.isdigit() or len(text) > 9 or int(text) >= len(self.classes):
             detail = f"{text[:20]!r}: expected a class index below {len(self.classes)}"
@@ -108,36 +114,86 @@ class ShardSource:
         )
 
     def _member(self, index: int, member: Member) -> bytes:
-        where = self.where(index)
-        check_size(member.size, where)
-        try:
-            data = self._files.read(int(self._shard[index]), member.offset - _BLOCK, _BLOCK + member.size)
-        except OSError as error:
-            raise BadSample("unreadable", where, error.strerror or str(error)) from None
-        if len(data) < _BLOCK + member.size:
-            raise BadSample("truncated", where, f"{_BLOCK + member.size - len(data)} bytes are missing")
-        try:
-            header = _header(data[:_BLOCK])
-        except tarfile.HeaderError as error:
-            raise BadSample(
-                "corrupt", where, f"no tar header at byte {member.offset - _BLOCK} ({error})"
-            ) from None
-        if (header.name, header.size) != (member.name, member.size):
-            detail = f"byte {member.offset} holds {header.name!r} of {header.size} bytes, not {member.size}"
-            raise BadSample("corrupt", where, f"the index does not fit the tar: {detail}")
-        return data[_BLOCK:]
+        return read_member(self._files, int(self._shard[index]), member, self.where(index))
 
 
-def read_index(tar: Path) -> list[tuple[Member, Member]]:
-    """Image and label of each sample, from the index beside the shard, or from the tar's headers without one.
+def open_shards(
+    root: Path,
+    split: str,
+    classes: Sequence[str],
+    pick: Callable[[list[Member], Path], T],
+    there: bool = True,
+) -> tuple[list[tuple[Path, list[T]]], list[str]]:
+    """The shards of a split in order, each with its samples, and their checksums if there is a manifest.
+
+    Args:
+        pick: what is kept of a sample, of its members and the shard.
+        there: the shards are in the folder; else only their indexes and the manifest are.
 
     Raises:
-        DataError: the shard or its index is cut off or damaged, or a sample has not one image and one label.
+        DataError: shards, index, manifest and ``classes`` do not fit together.
+    """
+    manifest = read_manifest(root, split)
+    entries = [] if there or not manifest else manifest["shards"]
+    sizes = {entry["name"]: entry["bytes"] for entry in entries}
+    paths = [root / name for name in sizes] or _shard_files(root, split, manifest)
+    if manifest is not None and tuple(manifest["classes"]) != tuple(classes):
+        raise DataError(f"{root / 'classes.txt'} and {split}.json name different classes")
+    shards = [
+        (path, [pick(members, path) for members in read_index(path, sizes.get(path.name))]) for path in paths
+    ]
+    for path, samples in shards:
+        _check_manifest(path, len(samples), sizes.get(path.name), manifest)
+    return shards, [str(entry["sha256"]) for entry in manifest["shards"]] if manifest else []
+
+
+def read_member(files: RandomReads, shard: int, member: Member, where: str) -> bytes:
+    """The bytes of a member; ``where`` is its place for messages.
+
+    Raises:
+        BadSample: it cannot be read, or the tar holds something else there.
+    """
+    check_size(member.size, where)
+    try:
+        data = files.read(shard, member.offset - BLOCK, BLOCK + member.size)
+    except OSError as error:
+        raise BadSample("unreadable", where, error.strerror or str(error)) from None
+    if len(data) < BLOCK + member.size:
+        raise BadSample("truncated", where, f"{BLOCK + member.size - len(data)} bytes are missing")
+    if _is_plain(data[:BLOCK], member):
+        return data[BLOCK:]
+    try:
+        header = _header(data[:BLOCK])
+    except tarfile.HeaderError as error:
+        raise BadSample(
+            "corrupt", where, f"no tar header at byte {member.offset - BLOCK} ({error})"
+        ) from None
+    if (header.name, header.size) != (member.name, member.size) or header.type not in _FILES:
+        detail = f"byte {member.offset} holds {header.name!r} of {header.size} bytes, not {member.size}"
+        raise BadSample("corrupt", where, f"the index does not fit the tar: {detail}")
+    return data[BLOCK:]
+
+
+def _is_plain(header: bytes, member: Member) -> bool:
+    """Whether it is the member's header as :func:`_add` writes it: seen in a tenth of the time of parsing it."""
+    name = os.fsencode(member.name)
+    begins, kind, prefix = header.startswith(name + b"\0"), header[156:157], header[345:346]
+    return begins and header[124:136] == b"%011o\0" % member.size and (kind, prefix) == (b"0", b"\0")
+
+
+def read_index(tar: Path, size: int | None = None) -> list[list[Member]]:
+    """The members of each sample, from the index beside the shard, or from the tar's headers without one.
+
+    Args:
+        size: of the shard in bytes, where it is not there.
+
+    Raises:
+        DataError: the shard or its index is cut off or damaged.
     """
     idx = tar.with_suffix(".idx")
-    size = tar.stat().st_size
-    samples = _parse_index(idx, size) if idx.exists() else _group(scan(tar))
-    return [_image_and_label(members, tar) for members in samples]
+    if size is None and not idx.exists():
+        return _group(scan(tar))
+    return _parse_index(idx, tar.stat().st_size if size is None else size)
 
 
 def scan(tar: Path, begin: int = 0, end: int | None = None) -> list[Member]:
@@ -155,8 +211,8 @@ def scan(tar: Path, begin: int = 0, end: int | None = None) -> list[Member]:
     position, size = begin, tar.stat().st_size if end is None else end
     with open(tar, "rb", buffering=0) as file:
         while True:
-            block = os.pread(file.fileno(), _BLOCK, position)
-            if len(block) < _BLOCK or position + _BLOCK > size:
+            block = os.pread(file.fileno(), BLOCK, position)
+            if len(block) < BLOCK or position + BLOCK > size:
                 raise DataError(f"{tar} is cut off: no end of archive at byte {position}")
             if not any(block):
                 return members
@@ -164,131 +220,20 @@ def scan(tar: Path, begin: int = 0, end: int | None = None) -> list[Member]:
                 header = _header(block)
             except tarfile.HeaderError as error:
                 raise DataError(f"{tar}: no tar header at byte {position} ({error})") from None
-            position += _BLOCK
-            length = header.size if header.isreg() or header.type in _PAX else 0
+            position += BLOCK
+            length = header.size if header.type in (*_FILES, *_PAX) else 0
             if not 0 <= length <= size - position:
                 raise DataError(
                     f"{tar} is cut off: {header.name!r} at byte {position} has {header.size} bytes"
                 )
             if header.type in _PAX:
-                _refuse_pax_names(os.pread(file.fileno(), length, position), tar, position)
-            elif header.isreg():
+                _check_pax(os.pread(file.fileno(), min(length, _MAX_PAX_BYTES + 1), position), tar, position)
+            elif header.type in _FILES and not _CONTROL.search(header.name):
                 members.append(Member(*_split_name(header.name), position, length))
             elif not (header.isdir() or header.islnk() or header.issym()):
-                raise DataError(f"{tar}: member type {header.type!r} at byte {position} is not supported")
-            position += length + -length % _BLOCK
-
-
-def write_shards(
-    root: Path,
-    split: str,
-    samples: Iterable[Sample],
-    classes: Sequence[str],
-    max_samples: int = 10_000,
-    max_bytes: int = 256 << 20,
-) -> None:
-    """Write ``{split}-*.tar``, each with its index, and last the manifest ``{split}.json``.
-
-    The same samples give the same bytes.
-
-    Args:
-        root: an existing folder.
-        split: the name that all files begin with.
-        samples: sorted by key.
-        classes: class names, for the manifest.
-        max_samples: a shard that has this many is full.
-        max_bytes: a shard that has this many is full.
-
-    Raises:
-        ValueError: keys are not sorted or not usable, labels are out of range, or there are no samples.
-    """
-    refuse_existing(root / f"{split}-{0:06d}.tar")
-    entries: list[dict[str, Any]] = []
-    stream = iter(samples)
-    waiting = [sample for sample in [next(stream, None)] if sample]
-    previous = ""
-
-    def fill() -> Iterator[Sample]:
-        nonlocal previous
-        count = size = 0
-        while waiting and count < max_samples and size < max_bytes:
-            sample = waiting.pop()
-            if check_key(sample[0]) <= previous:
-                raise ValueError(f"key {sample[0]!r} after {previous!r}: expected keys in rising order")
-            previous, count, size = sample[0], count + 1, size + sample_size(sample)
-            yield sample
-            waiting.extend(following for following in [next(stream, None)] if following)
-
-    while waiting:
-        entries.append(write_shard(root / f"{split}-{len(entries):06d}.tar", fill(), classes))
-    if not entries:
-        raise ValueError(f"no samples for split {split!r}")
-    manifest = {
-        "split": split,
-        "samples": sum(entry["samples"] for entry in entries),
-        "classes": list(classes),
-        "shards": entries,
-    }
-    with atomic_write(root / f"{split}.json") as file:
-        file.write(json.dumps(manifest, indent=1).encode() + b"\n")
-
-
-def write_shard(path: Path, samples: Iterable[Sample], classes: Sequence[str]) -> dict[str, Any]:
-    """Write one shard and, before it appears, its index; returns what the manifest says of it.
-
-    Raises:
-        ValueError: a key is not usable, or a label out of range.
-    """
-    lines: list[str] = []
-    with atomic_write(path.with_suffix(".idx")) as idx, atomic_write(path) as file, Hashed(file) as tar:
-        for key, data, label in samples:
-            if not 0 <= label < len(classes):
-                raise ValueError(f"label {label} of {key!r}: expected 0 to {len(classes) - 1}")
-            check_key(key)
-            components = [("cls", b"%d" % label), (image_extension(data), data)]
-            lines.append(" ".join(_add(tar, f"{key}.{ext}", ext, part) for ext, part in components) + "\n")
-        tar.write(bytes(2 * _BLOCK))
-        tar.write(bytes(-tar.size % tarfile.RECORDSIZE))
-        idx.write(f"{_VERSION} {len(lines)}\n{''.join(lines)}".encode())
-    return tar.entry(path.name, len(lines))
-
-
-def numbered_key(number: int, name: str) -> str:
-    """A key that sorts by number and says what the sample was called; ``name`` as :func:`check_key` wants it."""
-    return f"{number:08d}-{name}"
-
-
-def sample_size(sample: Sample) -> int:
-    """Bytes that a sample takes in a shard, headers and padding included."""
-    _, data, label = sample
-    return sum(_BLOCK + size + -size % _BLOCK for size in (len(str(label)), len(data)))
-
-
-def _add(tar: Hashed, name: str, ext: str, data: bytes) -> str:
-    tar.write(_member_header(name, len(data)))
-    offset = tar.size
-    tar.write(data)
-    tar.write(bytes(-len(data) % _BLOCK))
-    return f"{ext} {offset} {len(data)} {name}"
-
-
-def _member_header(name: str, size: int) -> bytes:
-    """What ``TarInfo.tobuf`` gives for a file of mode 0444 and no times and owners, ten times faster."""
-    header = bytearray(_EMPTY_HEADER)
-    header[: len(name)] = name.encode()
-    header[124:135] = b"%011o" % size
-    header[148:156] = b"        "
-    header[148:155] = b"%06o\0" % sum(header)
-    return bytes(header)
-
-
-def _empty_header() -> bytes:
-    info = tarfile.TarInfo("")
-    info.mode = 0o444
-    return info.tobuf(tarfile.USTAR_FORMAT)
-
-
-_EMPTY_HEADER = _empty_header()
+                what = f"{header.name!r} of type {header.type!r}"
+                raise DataError(f"{tar}: member {what} at byte {position} is not supported")
+            position += length + -length % BLOCK
 
 
 def _header(block: bytes) -> tarfile.TarInfo:
@@ -317,20 +262,19 @@ def _parse_index(idx: Path, size: int) -> list[list[Member]]:
     try:
         lines = idx.read_bytes().decode("utf-8", "surrogateescape").removesuffix("\n").split("\n")
         version, count = lines[0].split()
-        if version != _VERSION or int(count) != len(lines) - 1:
+        if version != VERSION or int(count) != len(lines) - 1:
             raise ValueError
     except ValueError:
         raise DataError(
-            f"{idx}: expected '{_VERSION} COUNT' and COUNT lines, as DALI's wds2idx writes it"
+            f"{idx}: expected '{VERSION} COUNT' and COUNT lines, as DALI's wds2idx writes it"
         ) from None
     samples, end = [], 0
     for number, line in enumerate(lines[1:], start=2):
-        found = _COMPONENT.findall(line)
-        members = [Member(key, ext, int(offset), int(length)) for ext, offset, length, key in found]
-        if not members or line.count(" ") + 1 != 4 * len(members):
+        members = _members(line)
+        if not members:
             raise DataError(f"{idx} line {number}: expected 'ext offset size name' for each member")
         for member in members:
-            if member.offset < end + _BLOCK or member.offset % _BLOCK:
+            if member.offset < end + BLOCK or member.offset % BLOCK:
                 raise DataError(f"{idx} line {number}: {member.name} at byte {member.offset} is out of order")
             end = member.offset + member.size
         samples.append(members)
@@ -339,17 +283,31 @@ def _parse_index(idx: Path, size: int) -> list[list[Member]]:
     return samples
 
 
+def _members(line: str) -> list[Member]:
+    """The members of a sample in a line of the index; none if the line is wrong."""
+    words, members = line.split(" "), []
+    for ext, offset, size, name in zip(*[iter(words)] * 4):
+        key, extension = _split_name(name)
+        if not key or extension != ext or name.split() != [name]:
+            return []
+        if not (_INTEGER.fullmatch(offset) and _INTEGER.fullmatch(size)):
+            return []
+        members.append(Member(key, ext, int(offset), int(size)))
+    return members if 4 * len(members) == len(words) else []
+
+
 def _image_and_label(members: list[Member], tar: Path) -> tuple[Member, Member]:
     key = members[0].key
     images = [member for member in members if member.ext.lower() in IMAGE_EXTENSIONS and member.key == key]
     labels = [member for member in members if member.ext == "cls" and member.key == key]
     if len(images) != 1 or len(labels) != 1:
-        names = ", ".join(member.name for member in members)
+        names = ", ".join(member.name for member in members[:6]) + (", …" if len(members) > 6 else "")
         raise DataError(f"{tar}: expected one image and one .cls of the same key in a sample, found {names}")
     return images[0], labels[0]
 
 
-def _read_manifest(root: Path, split: str) -> dict[str, Any] | None:
+def read_manifest(root: Path, split: str) -> dict[str, Any] | None:
+    """What ``{split}.json`` says of the shards; None without one. Raises :class:`DataError` if it is damaged."""
     path = root / f"{split}.json"
     if not path.exists():
         return None
@@ -394,16 +352,20 @@ def _shard_files(root: Path, split: str, manifest: dict[str, Any] | None) -> lis
     return [root / name for name in listed]
 
 
-def _check_manifest(path: Path, samples: int, manifest: dict[str, Any] | None) -> None:
+def _check_manifest(path: Path, samples: int, size: int | None, manifest: dict[str, Any] | None) -> None:
     if manifest is None:
         return
     entry = next(entry for entry in manifest["shards"] if entry["name"] == path.name)
-    there = (samples, path.stat().st_size)
+    there = (samples, path.stat().st_size if size is None else size)
     if there != (entry["samples"], entry["bytes"]):
         found = f"has {there[0]} samples and {there[1]} bytes"
         raise DataError(f"{path} {found}, the manifest says {entry['samples']} and {entry['bytes']}")
 
 
-def _refuse_pax_names(header: bytes, tar: Path, position: int) -> None:
-    if b" path=" in header or b" size=" in header:
-        raise DataError(f"{tar}: extended header with a name or a size at byte {position} is not supported")
+def _check_pax(header: bytes, tar: Path, position: int) -> None:
+    if len(header) > _MAX_PAX_BYTES:
+        raise DataError(f"{tar}: extended header of more than {_MAX_PAX_BYTES} bytes at byte {position}")
+    if any(word in header for word in (b" path=", b" size=", b" GNU.sparse.")):
+        raise DataError(
+            f"{tar}: extended header with a name, a size or holes at byte {position} is not supported"
+        )

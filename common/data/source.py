@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -48,6 +50,25 @@ class BadSample(Exception):
         return f"{self.where}: {self.reason}: {self.detail}"
 
 
+@dataclass
+class Cache:
+    """Where the shards of a server are kept."""
+
+    folder: str = "~/.cache/pairwise"
+    gigabytes: float = 200.0
+    """10⁹ bytes that shards may take."""
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return Path(self.folder).expanduser()
+
+    @property
+    def bytes(self) -> int:
+        """What shards may take."""
+        return int(self.gigabytes * 1e9)
+
+
 class Source(Protocol):
     """The samples of one split, read by index; picklable, and safe after a fork and in threads."""
 
@@ -73,13 +94,15 @@ class Source(Protocol):
         """SHA-256 of what tells this data from other data without reading the images: names, order, sizes."""
 
 
-def open_source(path: str | Path, split: str, format: str = "auto") -> Source:
+def open_source(path: str | Path, split: str, format: str = "auto", cache: Cache | None = None) -> Source:
     """Open one split of the data set in the folder ``path``.
 
     Args:
-        path: a local folder: PATH/{train,val}/CLASS/*.jpg, PATH/{split}.rec with .idx, or PATH/{split}-*.tar.
+        path: a folder: PATH/{train,val}/CLASS/*.jpg, PATH/{split}.rec with .idx, or PATH/{split}-*.tar; the last
+            also on a server, as ``https://``, ``http://`` or ``s3://``.
         split: ``train`` or ``val``, or however the files are called.
         format: ``folder``, ``recordio``, ``webdataset``, or ``auto`` for the one that is there.
+        cache: where the shards of a server are kept.
 
     Raises:
         DataError: nothing is there, it is incomplete, or not in this form.
@@ -89,11 +112,13 @@ def open_source(path: str | Path, split: str, format: str = "auto") -> Source:
     from common.data.recordio import RecordioSource
     from common.data.shards import ShardSource
 
-    root = local_path(path)
     if not re.fullmatch(r"[\w-]+", split):
         raise DataError(f"split: {split!r} is not a name such as 'train' or 'val'")
     if format != "auto" and format not in FORMS:
         raise DataError(f"format: {format!r} is not one of auto, {', '.join(FORMS)}")
+    if re.match("(?:https?|s3)://", str(path), re.IGNORECASE):
+        return _open_remote(str(path), split, format, cache or Cache())
+    root = local_path(path)
     try:
         if not root.is_dir():
             raise DataError(f"data: {str(root)!r} is not an existing folder")
@@ -109,6 +134,16 @@ def open_source(path: str | Path, split: str, format: str = "auto") -> Source:
     if len(source) == 0:
         raise DataError(f"{root}: split {split!r} ({form}) holds no samples")
     return source
+
+
+def _open_remote(url: str, split: str, format: str, cache: Cache) -> Source:
+    from common.data.remote import open_remote
+
+    if format not in ("auto", "webdataset"):
+        raise DataError(
+            f"data: {url!r}: {format} is read from local folders only; expected webdataset shards"
+        )
+    return open_remote(url, split, cache)
 
 
 def forms_there(root: Path, split: str) -> list[str]:
@@ -177,6 +212,24 @@ def safe_name(name: str) -> str:
 def image_extension(data: bytes) -> str:
     """How a file of this encoded image is called: ``png`` or ``jpg``."""
     return "png" if data.startswith(b"\x89PNG") else "jpg"
+
+
+def read_file(path: str | Path, where: str) -> bytes:
+    """The bytes of a regular file.
+
+    Raises:
+        BadSample: it cannot be read; it is something else, or absurdly large.
+    """
+    try:
+        # A pipe that is called .jpg must not block the reader.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise BadSample("unreadable", where, "not a regular file")
+            check_size(status.st_size, where)
+            return file.read()
+    except OSError as error:
+        raise BadSample("unreadable", where, error.strerror or str(error)) from None
 
 
 def check_size(size: int, where: str) -> None:

@@ -35,6 +35,8 @@ class CheckpointConfig:
     """Minutes between checkpoints; 0 is off."""
     keep: int = 2
     """Newest checkpoints that are kept, besides the best."""
+    asynchronous: bool = False
+    """Write in the background, from a copy in the host's memory; the next save, and the end, wait for the write."""
 
     def __post_init__(self) -> None:
         if self.keep < 1:
@@ -116,7 +118,9 @@ def load(path: Path, name: str) -> Any:
 
 
 def prune(folder: Path, keep: int, best_step: int | None) -> None:
-    """Remove all but the newest ``keep`` checkpoints and the best one."""
+    """Remove all but the newest ``keep`` checkpoints and the best one, and what a killed process left half written."""
+    for path in folder.glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
     for path in sorted(folder.glob("step-*"), reverse=True)[keep:]:
         if step_of(path) != best_step:
             shutil.rmtree(path, ignore_errors=True)

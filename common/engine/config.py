@@ -30,6 +30,8 @@ class TrainConfig:
     """Seed of weights, order, augmentation and dropout."""
     ema: float = 0.0
     """Decay of an exponential moving average of the weights, which is then what is evaluated; 0 is off."""
+    sync_bn: bool = False
+    """Batch norm's statistics over all processes; else each process takes those of its own samples."""
     channels_last: bool = False
     """Channels-last memory format: faster convolutions on GPUs."""
     compile: bool = False

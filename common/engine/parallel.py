@@ -32,6 +32,8 @@ def choose(config: EngineConfig, training: bool = True) -> None:
         ConfigError: the setting and the launcher differ, there is one process only, or a setting does not go with it.
     """
     launched = _launched()
+    if training:
+        _check_launcher(config)
     if launched and config.parallel not in ("auto", launched):
         raise ConfigError(
             f"parallel = {config.parallel}: accelerate launch was told {launched}; give one of the two"
@@ -39,6 +41,8 @@ def choose(config: EngineConfig, training: bool = True) -> None:
     if config.parallel == "auto" or not training:
         config.parallel = cast(Parallel, launched or "ddp") if training else "ddp"
     if config.parallel == "ddp":
+        if config.offload and training:
+            raise ConfigError("offload = true: does not go with parallel = ddp; zero1 to zero3 have it")
         return
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         raise ConfigError(
@@ -61,9 +65,29 @@ def _launched() -> str | None:
     asked = {
         name: os.environ.pop(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED")
     }
+    # accelerate takes these for a contradiction to the plugin that it is given.
+    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
     if asked["DEEPSPEED"]:
         return f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}"
     return "fsdp" if asked["FSDP"] else None
+
+
+def _check_launcher(config: EngineConfig) -> None:
+    environment = os.environ
+    # Only accelerate's launcher of one process sets the first; it sets the second when it was told of several.
+    if {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= environment.keys() and "WORLD_SIZE" not in environment:
+        raise ConfigError(
+            "accelerate launch was told of several processes and started one, as it does without GPUs (MASTER_ADDR is "
+            "set, WORLD_SIZE is not); give it --config_file slurm/accelerate/cpu.yaml, or use torchrun"
+        )
+    told = environment.get("ACCELERATE_MIXED_PRECISION", "no").replace("no", "fp32")
+    if told not in ("fp32", config.train.precision):
+        raise ConfigError(
+            f"train.precision = {config.train.precision}: accelerate launch was told {told}; give --train.precision "
+            f"{told}, or the launcher --mixed_precision no"
+        )
+    if environment.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE") == "cpu":
+        config.offload = True
 
 
 def shard(model: nn.Module, config: EngineConfig) -> None:

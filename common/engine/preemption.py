@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import types
+from datetime import timedelta
 from enum import IntEnum
 from typing import Any
 
@@ -32,11 +33,15 @@ class Requests:
     Signals reach ranks at different times, so that each rank acting by itself would leave the others waiting
     in a collective. Here every poll posts this rank's request to a sum that runs on the CPU in the background, and
     reads the one posted by the poll before: no rank waits for the device, and all act at the same poll.
+
+    Args:
+        timeout_minutes: the longest wait for another rank's poll; also at exit, where torch waits for what was posted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_minutes: float = 10) -> None:
         self._wanted = Request.NOTHING
-        self._group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        limit = timedelta(minutes=timeout_minutes)
+        self._group: Any = dist.new_group(backend="gloo", timeout=limit) if dist.is_initialized() else None
         self._posted: tuple[dist.Work, torch.Tensor] | None = None
         self._previous = {number: signal.getsignal(number) for number in _SIGNALS}
         for number in _SIGNALS:

@@ -13,20 +13,14 @@ from __future__ import annotations
 
 import fcntl
 import json
-import platform
-import subprocess
-import sys
-import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
 import yaml
 
+from common.environment import environment
 from common.errors import UserError
 from common.files import atomic_write
-
-_PACKAGES = ("torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "pairwise")
 
 
 class Run:
@@ -99,35 +93,6 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
     lines = path.read_bytes().splitlines() if path.is_file() else []
     return [json.loads(line) for line in lines if _is_entry(line)]
-
-
-def environment() -> dict[str, Any]:
-    """The command, the git revision and the versions of this process."""
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": sys.argv,
-        "git": _git("rev-parse", "HEAD"),
-        "git_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "python": platform.python_version(),
-        "host": platform.node(),
-        "versions": {name: _version(name) for name in _PACKAGES},
-    }
-
-
-def _git(*arguments: str) -> str:
-    root = Path(__file__).parents[2]
-    try:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 def _is_entry(line: bytes) -> bool:

@@ -33,7 +33,7 @@ _FREE = (
     "checkpoint.",
     "data.path",
     "data.root",
-    "data.decode_",
+    "data.decode",
     "data.format",
     "data.workers",
     "data.prefetch",

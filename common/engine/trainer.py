@@ -30,7 +30,9 @@ from common.engine.profile import Profiler
 from common.engine.run import Run, write_json
 from common.engine.schedule import factor
 from common.engine.setup import seed_step
+from common.engine.sync_bn import synchronise
 from common.engine.worst import Worst
+from common.engine.writer import Writer
 from common.errors import ConfigError, RunError
 from common.weights import load_weights
 
@@ -79,6 +81,7 @@ class Trainer:
         self.steps = total_steps(config.train, data.samples)
         self.identity = state.identity(config, model, data.fingerprint)
         self.run = Run(config.out)
+        self.writer = Writer(self.run.checkpoints, config.checkpoint)
         self.progress = state.Progress()
         self.evaluation: dict[str, float] | None = None
         self.meter = TrainMeter(accelerator.device)
@@ -105,6 +108,7 @@ class Trainer:
             except RuntimeError as error:
                 raise self._lost_others(error) from error
             finally:
+                self.writer.close()
                 self.profiler.close()
                 self.log.close()
                 self.requests.close()
@@ -126,6 +130,7 @@ class Trainer:
                 if self.log_due:
                     self.report()
             self.save_or_stop_if_asked()
+        self.writer.wait()
 
     def update(self, batches: Iterator[Batch]) -> None:
         """One step of the optimizer, over a global batch."""
@@ -196,6 +201,7 @@ class Trainer:
 
     def save_or_stop_if_asked(self) -> None:
         """Save when it is time to; on a stop that the ranks agreed on, save and leave. All ranks call this."""
+        self.writer.check()
         every, minutes = self.config.checkpoint.every_steps, self.config.checkpoint.every_minutes
         if self.accelerator.is_main_process and minutes and time.monotonic() > self.saved_at + 60 * minutes:
             self.requests.ask(Request.SAVE)  # clocks differ between ranks: the main process's counts
@@ -203,6 +209,7 @@ class Trainer:
         if asked or (every and self.progress.step % every == 0):
             self.save()
         if asked is Request.STOP:
+            self.writer.wait()
             self.accelerator.wait_for_everyone()  # a launcher may end the others as soon as one process has left
             self.say(f"stopped at step {self.progress.step} of {self.steps}; the same command continues it")
             raise Stopped
@@ -216,8 +223,7 @@ class Trainer:
         self.saved, self.saved_at = moment, time.monotonic()
         content = state.capture(self)
         if self.accelerator.is_main_process:
-            checkpoint.save(self.run.checkpoints, self.progress.step, content)
-            checkpoint.prune(self.run.checkpoints, self.config.checkpoint.keep, self.progress.best_step)
+            self.writer.save(self.progress.step, content, self.progress.best_step)
 
     @property
     def epoch(self) -> float:
@@ -244,6 +250,7 @@ class Trainer:
 
     def divergence(self, what: str) -> RunError:
         """The error of a training that has come to numbers that are not finite."""
+        self.writer.close()
         last = checkpoint.newest(self.run.checkpoints) if self.accelerator.is_main_process else None
         lr = self._lr_at(self.progress.step - 1)
         return RunError(
@@ -261,6 +268,8 @@ class Trainer:
         if train.grad_checkpointing:
             _checkpoint_gradients(model)
         model.to(accelerator.device)
+        if train.sync_bn:
+            model = synchronise(model, accelerator.device, train.compile)
         self.plain_model = model
         each = (
             self.config.parallel == "fsdp"
@@ -297,7 +306,7 @@ class Trainer:
         limit = self.data.max_unreadable * self.data.samples / accelerator.num_processes
         self.quarantine = Quarantine(self.run.folder / "quarantine.jsonl", limit)
         self.log = Log(self.run, self.config.log, self.steps, self.progress.step, main)
-        self.requests, self.asked = Requests(), Request.NOTHING
+        self.requests, self.asked = Requests(self.config.train.timeout_minutes), Request.NOTHING
         self.clock = Clock(accelerator.device, self.config.train.batch_size)
         profiled = main and self.config.profile
         self.profiler = Profiler(self.run.folder, accelerator.device, profiled, self.config.profile_memory)
@@ -308,6 +317,7 @@ class Trainer:
         signs = ("Timed out", "timed out", "Timeout", "Connection closed", "Connection reset")
         if not dist.is_initialized() or not any(sign in str(error) for sign in signs):
             return error
+        self.writer.close()
         return RunError(
             f"at step {self.progress.step} another process has died or hangs (train.timeout_minutes = "
             f"{self.config.train.timeout_minutes:g}): {str(error).splitlines()[0][:200]}; last checkpoint: "

@@ -6,7 +6,7 @@ import base64
 import json
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,28 +144,52 @@ def _curves(reports: Sequence[Report]) -> Figure:
     return figure
 
 
+def write_evaluation(
+    evaluation: dict[str, Any], path: Path, names: Callable[[int], str], quarantine: Path
+) -> Path:
+    """Write the page about one evaluation; returns its path.
+
+    Args:
+        evaluation: the numbers, with ``classes`` and the ``worst`` samples.
+        names: what a sample is called, by its index.
+        quarantine: the file that names what could not be read; there is none if all could.
+    """
+    numbers = [[title, _number(evaluation.get(key))] for key, title in _NUMBERS]
+    parts = [html.table(["", f"{evaluation['samples']} samples"], numbers), *_classes(evaluation)]
+    parts.append(html.heading("Worst samples"))
+    parts += [
+        html.picture(png, f"{names(sample['index'])}: {caption}")
+        for sample, (png, caption) in zip(evaluation["worst"], _worst(evaluation))
+    ]
+    return html.write_page(path, "Evaluation", [*parts, *_unreadable(_lines(quarantine))])
+
+
 def _one(report: Report) -> list[str]:
-    evaluation = report.evaluation
+    parts = _classes(report.evaluation)
+    if report.evaluation.get("worst"):
+        parts += [html.heading("Worst samples", 3), html.samples(_worst(report.evaluation))]
+    parts += _unreadable(report.quarantine)
+    parts.append(html.folded("Settings", yaml.safe_dump(report.config, sort_keys=False, allow_unicode=True)))
+    return [*parts, html.folded("Starts and versions", "\n\n".join(map(_start, report.starts)))]
+
+
+def _classes(evaluation: dict[str, Any]) -> list[str]:
     classes, confusion = evaluation["classes"], evaluation["confusion"]
-    parts = [
+    return [
         html.picture(html.png_of(confusion_figure(confusion, classes), 80), "confusion"),
         html.heading("Classes, the worst first", 3),
         _class_table(classes, evaluation["per_class"], confusion),
     ]
-    if evaluation.get("worst"):
-        parts += [html.heading("Worst samples", 3), _worst(evaluation["worst"], classes)]
-    if report.quarantine:
-        reasons = Counter(sample.get("reason", "?") for sample in report.quarantine)
-        rows = [
-            [s.get("where", ""), s.get("reason", ""), s.get("detail", "")] for s in report.quarantine[:100]
-        ]
-        words = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        parts += [html.heading("Unreadable samples", 3), html.paragraph(words)]
-        parts.append(html.table(["where", "reason", "detail"], rows))
-    else:
-        parts.append(html.paragraph("Every sample could be read."))
-    parts.append(html.folded("Settings", yaml.safe_dump(report.config, sort_keys=False, allow_unicode=True)))
-    return [*parts, html.folded("Starts and versions", "\n\n".join(map(_start, report.starts)))]
+
+
+def _unreadable(samples: Sequence[dict[str, Any]]) -> list[str]:
+    if not samples:
+        return [html.paragraph("Every sample could be read.")]
+    reasons = Counter(sample.get("reason", "?") for sample in samples)
+    rows = [[s.get("where", ""), s.get("reason", ""), s.get("detail", "")] for s in samples[:100]]
+    words = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    table = html.table(["where", "reason", "detail"], rows)
+    return [html.heading("Unreadable samples", 3), html.paragraph(words), table]
 
 
 def _class_table(classes: Sequence[str], per_class: Sequence[float | None], confusion: Sequence[Any]) -> str:
@@ -184,14 +208,16 @@ def _class_table(classes: Sequence[str], per_class: Sequence[float | None], conf
     return shown + (html.paragraph(f"and {left} better ones") if left > 0 else "")
 
 
-def _worst(samples: Sequence[dict[str, Any]], classes: Sequence[str]) -> str:
-    return html.samples(
+def _worst(evaluation: dict[str, Any]) -> list[tuple[bytes, str]]:
+    """Picture and caption of each of the worst samples."""
+    classes = evaluation["classes"]
+    return [
         (
             base64.b64decode(s["png"]),
             f"{classes[s['target']]}, taken for {classes[s['predicted']]} ({s['share']:.0%}), loss {s['loss']:.2f}",
         )
-        for s in samples
-    )
+        for s in evaluation["worst"]
+    ]
 
 
 def _start(start: dict[str, Any]) -> str:

@@ -37,6 +37,15 @@ NORM_FREE = {
     "train__epochs": 2.25,
 }
 
+# Smooth, since rounding grows tenfold a step in a small network of batch norm and ReLU, in one process too.
+NORMED = {
+    "model__name": "test_efficientnet",
+    "model__args": "{}",
+    "optim__lr": 0.02,
+    "train__ema": 0,
+    "train__epochs": 1.4,
+}
+
 
 @pytest.fixture(scope="module")
 def alone(digits, tmp_path_factory):
@@ -76,6 +85,19 @@ def test_the_launchers_files_give_the_losses_of_one_process(alone, digits, tmp_p
     assert '"world": 2' in (folder / "starts.jsonl").read_text()
     mode = yaml.safe_load((folder / "config.yaml").read_text())["parallel"]
     assert mode == ("ddp" if name == "cpu" else name)
+
+
+@pytest.fixture(scope="module")
+def normed_alone(digits, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("normed") / "run"
+    train(folder, digits, **NORMED)
+    return folder
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp", "zero3"])
+def test_synchronised_batch_norm_gives_the_losses_of_one_process(normed_alone, digits, tmp_path, mode):
+    train(tmp_path / "run", digits, processes=2, parallel=mode, train__sync_bn=True, **NORMED)
+    assert_same_losses(tmp_path / "run", normed_alone)
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,16 @@ def test_evaluation_gives_the_runs_own_numbers_on_every_form_of_the_data(digits,
     assert (reference / "eval_confusion.png").stat().st_size > 0
 
 
+def test_a_runs_weights_as_one_file_evaluate_to_its_numbers(digits, reference, tmp_path):
+    file = tmp_path / "weights.safetensors"
+    done = run("-m", "common.engine.consolidate", reference, file)
+    assert done.returncode == 0, done.stderr
+    done = run("image/eval.py", file, config=reference / "config.yaml", out=tmp_path / "evaluation")
+    assert done.returncode == 0, done.stderr
+    result, own = json.loads((tmp_path / "evaluation/eval.json").read_text()), metrics(reference, "val")[-1]
+    assert [result[key] for key in ("top1", "loss")] == [own[key] for key in ("top1", "loss")]
+
+
 def test_a_diverging_run_stops_with_step_rate_and_last_good_checkpoint(digits, tmp_path):
     options = {
         "optim__lr": 1e25,
@@ -148,6 +158,26 @@ def test_a_diverging_run_stops_with_step_rate_and_last_good_checkpoint(digits, t
     last = checkpoint.newest(tmp_path / "run" / "checkpoints")
     assert f"last good checkpoint: {last}" in line
     assert f"at step {metrics(tmp_path / 'run')[-1]['step'] + 1} " in line, "within one log interval"
+
+
+@pytest.mark.slow
+def test_killed_while_it_writes_in_the_background_it_continues_exactly(digits, reference, tmp_path):
+    folder = tmp_path / "killed"
+    options = settings(folder, digits, checkpoint__asynchronous=True, checkpoint__every_steps=2)
+    for _ in range(5):  # the write may have ended before the signal comes
+        process = start("image/train.py", **options)
+        wait_for_step(folder, 5, process)
+        while not list((folder / "checkpoints").glob(".step-*.partial")):
+            assert process.poll() is None, process.communicate()[1][-3000:]
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)
+        if list((folder / "checkpoints").glob(".step-*.partial")):
+            break
+    else:
+        pytest.fail("never killed in the middle of a write")
+    train(folder, digits, checkpoint__asynchronous=True)
+    assert not list((folder / "checkpoints").glob(".step-*"))
+    assert_same_run(folder, reference)
 
 
 @pytest.mark.slow

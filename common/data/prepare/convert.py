@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from itertools import chain, count
 from pathlib import Path
@@ -14,15 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from common.data.prepare.feed import Feed, Item, Progress, Unusable, read_batch
+from common.data.prepare.encode import encode
+from common.data.prepare.feed import Encode, Feed, Item, Progress, Unusable, read_batch
 from common.data.prepare.job import Job, describe_changes, open_job
 from common.data.prepare.settings import Settings
 from common.data.prepare.workers import Workers
 from common.data.recordio import join_indexes, write_part
-from common.data.shards import numbered_key, sample_size, write_shard
+from common.data.shard_writer import Group, Parts, group_size, image_parts, numbered_key, write_groups
 from common.data.source import (
     DataError,
-    Sample,
     Source,
     forms_there,
     image_extension,
@@ -38,6 +40,28 @@ _WRITERS = 8
 """Threads that write class folders: they wait for the disk."""
 UNIT_FILES = 1000
 """Class folders are finished so many files at a time."""
+
+
+def _no_more(folder: Path, split: str) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a kind of samples is stored as.
+
+    Args:
+        encode: what is stored of a sample's bytes.
+        parts: the files of a sample in a WebDataset shard, of the source, the index in it and the sample.
+        finish: called with the folder and the split when all shards of the split are written.
+    """
+
+    encode: Encode
+    parts: Callable[[Any, int, Item], Parts]
+    finish: Callable[[Path, str], None] = _no_more
+
+
+IMAGES = Kind(encode, lambda source, index, item: image_parts(item.data, item.label))
 
 
 def find_splits(path: str | Path, names: Sequence[str] = (), format: str = "auto") -> dict[str, Source]:
@@ -61,6 +85,7 @@ def convert(
     max_unreadable: float = 0.01,
     workers: int = 1,
     progress: Progress | None = None,
+    kind: Kind = IMAGES,
 ) -> bool:
     """Write a data set into the folder ``out``, which appears when all of it is written.
 
@@ -71,10 +96,11 @@ def convert(
     Args:
         sources: the splits to write, all with the same classes.
         out: a missing or an empty folder.
-        settings: the form and what is done to the images.
+        settings: the form and what is done to the samples.
         max_unreadable: the share of a split's samples that may be left out.
         workers: processes that read and encode; 1 does it in this one, in threads.
         progress: told now and then how far it is.
+        kind: what is not an image can be written as ``webdataset``.
 
     Returns:
         False if ``out`` holds the same samples, written with the same settings, already.
@@ -94,11 +120,12 @@ def convert(
         return False
     with open_job(out, identity) as job:
         try:
-            with Workers(workers, read_batch, (dict(sources), settings)) as pool:
+            with Workers(workers, read_batch, (dict(sources), settings, kind.encode)) as pool:
                 for split, source in sources.items():
                     feed = _feed(job, split, source, settings, max_unreadable, progress)
                     feed.start(pool)
-                    _write_split(job, feed, settings)
+                    _write_split(job, feed, settings, kind)
+                    kind.finish(job.data, split)
                     _write_manifest(job, feed, settings, identity)
             _write_rest(job, classes)
             job.finish()
@@ -161,10 +188,12 @@ def _feed(
     return Feed(split, source, order, begin, max_unreadable * len(source), known, progress)
 
 
-def _write_split(job: Job, feed: Feed, settings: Settings) -> None:
+def _write_split(job: Job, feed: Feed, settings: Settings, kind: Kind) -> None:
     if settings.format == "recordio" and settings.parts > len(feed.order):
         raise DataError(f"parts: {settings.parts} parts of the {len(feed.order)} samples of {feed.split!r}")
-    writers = {"folder": _write_files, "recordio": _write_part, "webdataset": _write_shard}
+    shards = partial(_write_shard, kind=kind)
+    writers: dict[str, Callable[..., dict[str, Any]]]
+    writers = {"folder": _write_files, "recordio": _write_part, "webdataset": shards}
     while feed.peek() is not None:
         shard = writers[settings.format](job, feed, settings, len(job.of(feed.split)))
         unusable = [sample._asdict() for sample in feed.take_unusable()]
@@ -180,7 +209,7 @@ def _write_part(job: Job, feed: Feed, settings: Settings, number: int) -> dict[s
     def samples() -> Iterator[tuple[int, str, bytes, int]]:
         while (item := feed.peek()) is not None and item.position < end:
             feed.take()
-            yield item.position, f"{classes[item.label]}/{safe_name(item.name)}", item.image, item.label
+            yield item.position, f"{classes[item.label]}/{safe_name(item.name)}", item.data, item.label
 
     classes = feed.source.classes
     first = feed.peek()
@@ -189,18 +218,18 @@ def _write_part(job: Job, feed: Feed, settings: Settings, number: int) -> dict[s
     return write_part(job.data / name, samples(), classes)
 
 
-def _write_shard(job: Job, feed: Feed, settings: Settings, number: int) -> dict[str, Any]:
-    def fill() -> Iterator[Sample]:
+def _write_shard(job: Job, feed: Feed, settings: Settings, number: int, kind: Kind) -> dict[str, Any]:
+    def fill() -> Iterator[Group]:
         samples = size = 0
         while (item := feed.peek()) is not None:
             if samples >= settings.shard_samples or size >= settings.shard_mb << 20:
                 return
             feed.take()
-            sample = numbered_key(item.position, safe_name(item.name)), item.image, item.label
-            samples, size = samples + 1, size + sample_size(sample)
-            yield sample
+            parts = kind.parts(feed.source, int(feed.order[item.position]), item)
+            samples, size = samples + 1, size + group_size(parts)
+            yield numbered_key(item.position, safe_name(item.name)), parts
 
-    return write_shard(job.data / f"{feed.split}-{number:06d}.tar", fill(), feed.source.classes)
+    return write_groups(job.data / f"{feed.split}-{number:06d}.tar", fill())
 
 
 def _write_files(job: Job, feed: Feed, settings: Settings, number: int) -> dict[str, Any]:
@@ -216,7 +245,7 @@ def _write_files(job: Job, feed: Feed, settings: Settings, number: int) -> dict[
             feed.take()
             name = _free_name(job.data, f"{feed.split}/{feed.source.classes[item.label]}", item, names)
             names.add(name)
-            writes.append(pool.submit(_write_file, job.data, name, item.image))
+            writes.append(pool.submit(_write_file, job.data, name, item.data))
             if len(writes) > 4 * _WRITERS:
                 lines.append(writes.popleft().result())
         lines += [write.result() for write in writes]
@@ -228,7 +257,7 @@ def _write_files(job: Job, feed: Feed, settings: Settings, number: int) -> dict[
 
 
 def _free_name(root: Path, folder: str, item: Item, taken: set[str]) -> str:
-    stem, ending = f"{folder}/{safe_name(item.name)}", image_extension(item.image)
+    stem, ending = f"{folder}/{safe_name(item.name)}", image_extension(item.data)
     names = (f"{stem}{suffix}.{ending}" for suffix in chain([""], (f"_{n}" for n in count(2))))
     return next(name for name in names if name not in taken and not os.path.lexists(f"{root}/{name}"))
 

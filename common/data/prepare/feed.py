@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.data.prepare.encode import encode
 from common.data.prepare.settings import Settings
 from common.data.prepare.workers import Workers
 from common.data.source import BadSample, DataError, Source
@@ -22,7 +21,7 @@ class Item(NamedTuple):
     position: int
     """In the order, those that cannot be read included."""
     name: str
-    image: bytes
+    data: bytes
     label: int
 
 
@@ -37,19 +36,21 @@ class Unusable(NamedTuple):
 
 Progress = Callable[[str, int, int], None]
 """Called with the split, the samples done and all of them."""
-Context = tuple[Mapping[str, Source], Settings]
+Encode = Callable[[bytes, str, Any], bytes]
+"""What is stored of a sample: of its bytes, its place for messages, and the settings."""
+Context = tuple[Mapping[str, Source], Settings, Encode]
 Batch = tuple[str, list[int]]
 Outcome = tuple[bytes, int] | Unusable
 
 
 def read_batch(context: Context, batch: Batch) -> list[Outcome]:
     """What is to be written of some samples of a split."""
-    (sources, settings), (split, indices) = context, batch
+    (sources, settings, encode), (split, indices) = context, batch
     outcomes: list[Outcome] = []
     for index in indices:
         try:
-            image, label = sources[split].read(index)
-            outcomes.append((encode(image, sources[split].where(index), settings), label))
+            data, label = sources[split].read(index)
+            outcomes.append((encode(data, sources[split].where(index), settings), label))
         except BadSample as bad:
             outcomes.append(Unusable(split, bad.where, bad.reason, bad.detail))
     return outcomes

@@ -10,7 +10,7 @@ from pathlib import Path
 from common.data.digits import CLASSES, digits_samples
 from common.data.folder import write_folder
 from common.data.recordio import write_recordio
-from common.data.shards import write_shards
+from common.data.shard_writer import write_shards
 from common.data.source import FORMS, BadSample, DataError, Sample, Source, open_source
 
 FORM_NAMES = tuple(FORMS)

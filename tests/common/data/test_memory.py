@@ -28,7 +28,7 @@ from common.data.memory import (
 )
 from common.data.order import Division, Order
 from common.data.recordio import frame, pack, write_recordio
-from common.data.shards import write_shards
+from common.data.shard_writer import write_shards
 from common.data.source import DataError
 
 SIZE, SAMPLES = 12, 22

@@ -150,6 +150,31 @@ def test_several_parts_are_read_in_numeric_order(tmp_path: Path) -> None:
         open_source(tmp_path, "train")
 
 
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (
+            ["train_0", "train_00", "train_1"],
+            r"train_00\.rec and train_0\.rec are the same part|train_0\.rec and train_00",
+        ),
+        (["train_0", "train_20261121123456"], r"train_1\.rec is missing; parts go up to 20261121123456"),
+        (["train_1"], r"train_0\.rec is missing"),
+        (["train", "train_0"], r"train\.rec and train_0\.rec are both there"),
+    ],
+)
+def test_parts_are_numbered_without_gaps(tmp_path: Path, names: list[str], words: str) -> None:
+    for name in names:
+        write_records(tmp_path, name, [b"image"], [0])
+    with pytest.raises(DataError, match=words):
+        open_source(tmp_path, "train")
+
+
+def test_parts_may_be_numbered_with_zeros_in_front(tmp_path: Path) -> None:
+    for part in range(3):
+        write_records(tmp_path, f"train_{part:03d}", [b"%d" % part], [0])
+    assert [data for data, _ in read_all(open_source(tmp_path, "train"))] == [b"0", b"1", b"2"]
+
+
 def test_index_is_sorted_by_offset_and_keys_do_not_matter(tmp_path: Path) -> None:
     write_split(tmp_path, "recordio", few_digits())
     idx = tmp_path / "train.idx"

@@ -154,6 +154,29 @@ def test_labels_that_are_no_class_are_typed(tmp_path: Path, text: bytes) -> None
     assert raised.value.where == "train-000000.tar: a.jpg"
 
 
+def test_files_with_holes_and_long_extended_headers_are_refused(tmp_path: Path) -> None:
+    tar = tmp_path / "train-000000.tar"
+    foreign_tar(tar, [("a.jpg", b"x"), ("a.cls", b"1")], tarfile.USTAR_FORMAT)
+    data = bytearray(tar.read_bytes())
+    data[512 + 156 : 512 + 157] = b"S"  # GNU's type: what follows is the pieces between the holes
+    data[512 + 148 : 512 + 156] = b"%06o\0 " % tarfile.calc_chksums(bytes(data[512:1024]))[0]
+    tar.write_bytes(data)
+    with pytest.raises(DataError, match=r"member 'a\.jpg' of type b'S' at byte 1024 is not supported"):
+        open_source(tmp_path, "train")
+    with tarfile.open(tar, "w", format=tarfile.PAX_FORMAT) as file:
+        info = tarfile.TarInfo("a.jpg")
+        info.pax_headers = {"GNU.sparse.major": "1"}
+        file.addfile(info)
+    with pytest.raises(DataError, match="a name, a size or holes at byte 512 is not supported"):
+        open_source(tmp_path, "train")
+    with tarfile.open(tar, "w", format=tarfile.PAX_FORMAT) as file:
+        info = tarfile.TarInfo("a.jpg")
+        info.pax_headers = {"comment": "x" * (2 << 20)}
+        file.addfile(info)
+    with pytest.raises(DataError, match="extended header of more than 1048576 bytes"):
+        open_source(tmp_path, "train")
+
+
 def cut_tar(root: Path) -> None:
     tar = root / "train-000001.tar"
     tar.write_bytes(tar.read_bytes()[:5000])

@@ -52,6 +52,9 @@ def test_saving_a_step_again_replaces_it(tmp_path):
 def test_the_newest_and_the_best_are_kept(tmp_path):
     for step in range(1, 7):
         checkpoint.save(tmp_path, step, CONTENT)
+    (
+        tmp_path / ".step-000000004.elsewhere-1-0123abcd.partial"
+    ).mkdir()  # killed at a step that does not come again
     checkpoint.prune(tmp_path, keep=2, best_step=3)
     assert [checkpoint.step_of(path) for path in sorted(tmp_path.iterdir())] == [3, 5, 6]
 

@@ -48,6 +48,7 @@ class Settings:
     on_val: object = lambda batch: None
     unreadable: tuple = ()
     norm: bool = True
+    checkpoint: dict = field(default_factory=dict)
 
     def trainer(self):
         train = {"epochs": 2, "batch_size": 8, "eval_batch_size": 16} | self.train
@@ -56,7 +57,7 @@ class Settings:
             train=TrainConfig(**train),
             optim=OptimConfig(lr=0.05, **self.optim),
             log=LogConfig(every=4, tensorboard=False),
-            checkpoint=CheckpointConfig(every_minutes=0),
+            checkpoint=CheckpointConfig(every_minutes=0, **self.checkpoint),
         )
         micro = config.train.batch_size // config.train.accumulation
 
@@ -163,6 +164,16 @@ def test_too_many_unreadable_samples_stop_the_run(tmp_path):
         Settings(tmp_path / "bad", unreadable=bad).trainer().fit()
     assert len((tmp_path / "bad" / "quarantine.jsonl").read_text().splitlines()) == 4
     Settings(tmp_path / "fine", unreadable=bad[:3]).trainer().fit()
+
+
+def test_a_failed_write_in_the_background_stops_the_run(tmp_path):
+    (tmp_path / "checkpoints").write_text("in the way")
+    trainer = Settings(
+        tmp_path, {"epochs": 4, "eval_every": 4}, {}, checkpoint={"asynchronous": True, "every_steps": 2}
+    ).trainer()
+    with pytest.raises(RunError, match="checkpoint of step 2 not written"):
+        trainer.fit()
+    assert 2 <= trainer.progress.step <= 4, "at the latest by the next save"
 
 
 def test_an_infinite_weight_is_never_saved(tmp_path):

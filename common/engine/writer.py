@@ -1,0 +1,64 @@
+"""Checkpoints written at once, or in the background while training goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from common.engine import checkpoint
+from common.engine.checkpoint import CheckpointConfig
+
+
+class Writer:
+    """Writes a run's checkpoints, one at a time, and removes old ones.
+
+    In the background it writes a copy in the host's memory. What goes wrong there is raised by the next call of any
+    method but :meth:`close`.
+    """
+
+    def __init__(self, folder: Path, config: CheckpointConfig) -> None:
+        self._folder, self._keep = folder, config.keep
+        self._thread = ThreadPoolExecutor(1, "checkpoint") if config.asynchronous else None
+        self._pending: Future[None] | None = None
+
+    def save(self, step: int, content: Mapping[str, Any], best_step: int | None) -> None:
+        """Write the checkpoint of ``step``, after the one before it; see :func:`common.engine.checkpoint.save`."""
+        self.wait()
+        if self._thread is None:
+            self._write(step, content, best_step)
+        else:
+            self._pending = self._thread.submit(self._write, step, _on_host(content), best_step)
+
+    def check(self) -> None:
+        """Raise what a write that has ended came to, without waiting for one.
+
+        Raises:
+            CheckpointError: it failed.
+        """
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until everything is written; raises as :meth:`check`."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """End the thread, once it has written."""
+        if self._thread is not None:
+            self._thread.shutdown()
+
+    def _write(self, step: int, content: Mapping[str, Any], best_step: int | None) -> None:
+        checkpoint.save(self._folder, step, content)
+        checkpoint.prune(self._folder, self._keep, best_step)
+
+
+def _on_host(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _on_host(item) for key, item in value.items()}
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
