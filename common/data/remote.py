@@ -117,7 +117,7 @@ class RemoteReads(RandomReads):
                 return self._fetch(path)
 
     def _fetch(self, path: Path) -> int:
-        part = path.with_name(f".{path.name}.part")
+        part = _part_of(path)
         size, checksum = self.entries[path.name]
         try:
             with open(part, "wb") as file:
@@ -143,16 +143,23 @@ class RemoteReads(RandomReads):
 
 
 def _make_room(cache: Cache, needed: int) -> bool:
-    found = [*cache.path.glob("*/*.tar"), *cache.path.glob("*/.*.part")]
-    files = sorted((status.st_mtime_ns, status.st_size, path) for path in found if (status := _status(path)))
+    # A shard that others finish meanwhile changes its name: first those that are fetched, then the whole ones, and of
+    # each the file by whichever name it has now.
+    parts = [_whole_of(path) for path in cache.path.glob("*/.*.part")]
+    shards = {*parts, *cache.path.glob("*/*.tar")}
+    files = sorted(
+        (status.st_mtime_ns, status.st_size, path)
+        for path in shards
+        if (status := _status(_part_of(path)) or _status(path))
+    )
     excess = sum(size for _, size, _ in files) + needed - cache.bytes
     for _, size, path in files:
         if excess <= 0:
             break
-        whole = path.with_name(path.name.removeprefix(".").removesuffix(".part"))
-        with _locked(_lock_of(whole), wait=False) as free:
+        with _locked(_lock_of(path), wait=False) as free:
             if free:  # else it is being fetched
                 path.unlink(missing_ok=True)
+                _part_of(path).unlink(missing_ok=True)  # a killed process's
                 excess -= size
     return excess <= 0
 
@@ -279,6 +286,14 @@ def _status(path: Path) -> os.stat_result | None:
         return path.stat()
     except FileNotFoundError:
         return None
+
+
+def _part_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
+
+
+def _whole_of(part: Path) -> Path:
+    return part.with_name(part.name.removeprefix(".").removesuffix(".part"))
 
 
 def _lock_of(path: Path) -> Path:
