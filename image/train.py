@@ -85,7 +85,7 @@ def open_data(config: Config, accelerator: Accelerator) -> Data:
 def prepare_default_data(data: DataConfig, accelerator: Accelerator) -> None:
     """Make the embedded digits where the default recipe looks for them, so that training needs no other step."""
     with accelerator.local_main_process_first():
-        if data.path == DataConfig.path and not Path(data.path).exists():
+        if data.format != "synthetic" and data.path == DataConfig.path and not Path(data.path).exists():
             print(f"making the embedded digits in {data.path}", file=sys.stderr)
             prepare_digits(Path(data.path), "folder")
 

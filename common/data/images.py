@@ -30,8 +30,10 @@ class DataConfig(LoaderConfig):
     path: str = "data/digits"
     """Folder that image/prepare.py made, or one of class folders: PATH/train/CLASS/*.jpg, PATH/val/CLASS/*.jpg; of
     shards also their address on a server: https://, http:// or s3://."""
-    format: Literal["auto", "folder", "recordio", "webdataset"] = "auto"
-    """Form of the data; auto looks what is there."""
+    format: Literal["auto", "folder", "recordio", "webdataset", "synthetic"] = "auto"
+    """Form of the data; auto looks what is there, synthetic is made up on the device, to measure all but loading."""
+    synthetic: int = 1_281_167
+    """Images of an epoch with format = synthetic."""
     cache: str = Cache.folder
     """Folder for the shards of a server; processes and runs of a machine share it."""
     cache_gb: float = Cache.gigabytes
@@ -47,6 +49,8 @@ class DataConfig(LoaderConfig):
         super().__post_init__()
         if not 0 <= self.max_unreadable <= 1:
             raise ValueError(f"max_unreadable = {self.max_unreadable}: expected a share, 0 to 1")
+        if self.synthetic < 1:
+            raise ValueError(f"synthetic = {self.synthetic}: expected at least 1")
         if not self.cache_gb > 0:
             raise ValueError(f"cache_gb = {self.cache_gb}: expected a number above 0")
         if self.device == "gpu" and self.backend != "dali":
@@ -109,8 +113,18 @@ def open_images(
     Raises:
         UserError: nothing is there, or not in the form asked for; or the backend cannot do it.
     """
-    source = open_source(data.path, split, data.format, Cache(data.cache, data.cache_gb))
     size = augment.size
+    if data.format == "synthetic":
+        from common.data.synthetic import (
+            MOST_VALIDATION,
+            SyntheticSet,
+            SyntheticSource,
+        )  # it imports this module
+
+        samples = data.synthetic if split == "train" else min(data.synthetic, MOST_VALIDATION)
+        made_up = SyntheticSource(samples)
+        return SyntheticSet(made_up, test_transform(augment), seed, size, training=split == "train")
+    source = open_source(data.path, split, data.format, Cache(data.cache, data.cache_gb))
     if data.backend == "dali":
         from common.data.dali import open_dali  # it imports this module
 
