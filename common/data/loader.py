@@ -159,9 +159,34 @@ def _batches(
     if isinstance(data, BatchMaker):
         yield from data.batches(draws, config, device, finish)
         return
-    for inputs, targets, unreadable in load_rows(data, draws, config, _collate, device.type == "cuda"):
-        inputs = inputs.to(device, non_blocking=True)
-        yield Batch(finish(inputs), targets.to(device, non_blocking=True), unreadable)
+    loaded = load_rows(data, draws, config, _collate, device.type == "cuda")
+    for inputs, targets, unreadable in _copied_ahead(loaded, device) if device.type == "cuda" else loaded:
+        yield Batch(finish(inputs.to(device)), targets.to(device), unreadable)
+
+
+def _copied_ahead(loaded: Iterator[Any], device: torch.device) -> Iterator[Any]:
+    """What is ``loaded``, on the GPU: while one batch is used, a stream of its own copies the next."""
+    stream, last = torch.cuda.Stream(device), None
+    for *tensors, unreadable in loaded:
+        with torch.cuda.stream(stream):
+            copies = [tensor.to(device, non_blocking=True) for tensor in tensors]
+            there = stream.record_event()
+        if last:
+            yield _once_there(*last, device)
+        last = copies, unreadable, there
+    if last:
+        yield _once_there(*last, device)
+
+
+def _once_there(
+    copies: list[Tensor], unreadable: Any, there: torch.cuda.Event, device: torch.device
+) -> tuple:
+    """The copies, for the current stream, which waits for them; the host does not."""
+    current = torch.cuda.current_stream(device)
+    current.wait_event(there)
+    for copy in copies:
+        copy.record_stream(current)  # their memory is not the other stream's to take until this one is done
+    return *copies, unreadable
 
 
 def load_rows(
