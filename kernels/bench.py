@@ -239,6 +239,7 @@ def stage_rows(width: int, side: int, kernel_size: int, dtype: torch.dtype) -> l
 
 
 def operator_row(name: str, call: Callable[[], Any]) -> dict[str, Any]:
+    """A call by itself."""
     row = {"name": name, "ms": milliseconds(call)}
     say(row)
     return row

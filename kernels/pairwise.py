@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference, runtime
+from kernels.footprint import Footprint, sizes
 from kernels.runtime import TYPES, Kernel
 
 SOURCE = "pairwise.cu"
@@ -63,22 +64,10 @@ class Plan(NamedTuple):
         return max(((layers + 3) // 4 * 4 + tiles) * real, sums)
 
 
-class Maps(ctypes.Structure):
+class Maps(Footprint):
     """The sizes that are run-time arguments; as in the source."""
 
-    _fields_ = [
-        (name, ctypes.c_int)
-        for name in (
-            "images",
-            "height",
-            "width",
-            "padded_height",
-            "padded_width",
-            "kernel",
-            "stride",
-            "dilation",
-        )
-    ]
+    _fields_ = (("images", ctypes.c_int),)
 
 
 def plan(inputs: int, hidden: int, weights: int, channels: int, value: torch.dtype) -> Plan | str:
@@ -233,7 +222,7 @@ def forward_by_kernels(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]
     inputs = Inputs(*(x.contiguous() for x in tensors))
     reference.check_pairwise(*inputs, kernel_size, stride, dilation)
     centre, around, value, mix, gamma, beta, to_weight, bias = inputs
-    how, maps = _plan_of(around, value, mix, to_weight), _maps(centre, around, kernel_size, stride, dilation)
+    how, maps = _plan_of(around, value, mix, to_weight), _maps(around, kernel_size, stride, dilation)
     pixels = centre[:, 0].numel()
     if mean is None or variance is None:
         partial = mix.new_empty((how.blocks(pixels) * how.tiles, 2, how.hidden), dtype=torch.float64)
@@ -259,7 +248,7 @@ def gradients_by_kernels(*arguments: Any) -> tuple[Tensor, ...]:
     )
     centre, around, value, mix, gamma, beta, to_weight, bias = Inputs(*(x.contiguous() for x in tensors))
     of_y = of_y.contiguous()
-    how, maps = _plan_of(around, value, mix, to_weight), _maps(centre, around, kernel_size, stride, dilation)
+    how, maps = _plan_of(around, value, mix, to_weight), _maps(around, kernel_size, stride, dilation)
     pixels, padded_pixels = centre[:, 0].numel(), around[:, 0].numel()
     rstd = torch.rsqrt(variance + eps)
     scale = gamma * rstd
@@ -304,8 +293,8 @@ def _plan_of(around: Tensor, value: Tensor, mix: Tensor, to_weight: Tensor) -> P
     return found
 
 
-def _maps(centre: Tensor, around: Tensor, kernel_size: int, stride: int, dilation: int) -> Maps:
-    return Maps(centre.shape[0], *centre.shape[2:], *around.shape[2:], kernel_size, stride, dilation)
+def _maps(around: Tensor, kernel_size: int, stride: int, dilation: int) -> Maps:
+    return Maps(*sizes(around.shape[2:], kernel_size, stride, dilation), around.shape[0])
 
 
 def _launch(how: Plan, name: str, pixels: int, *arguments: Tensor | Maps) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference, runtime
+from kernels.footprint import Footprint, sizes
 from kernels.reference import output_side
 from kernels.runtime import TYPES, Kernel
 
@@ -24,22 +25,10 @@ CHANNELS_AT_ONCE = 4
 PIXELS_AT_ONCE = 4096
 
 
-class Maps(ctypes.Structure):
+class Maps(Footprint):
     """The sizes that are run-time arguments; as in the source."""
 
-    _fields_ = [
-        (name, ctypes.c_int)
-        for name in (
-            "images",
-            "inputs",
-            "height",
-            "width",
-            "padded_height",
-            "padded_width",
-            "stride",
-            "dilation",
-        )
-    ]
+    _fields_ = tuple((name, ctypes.c_int) for name in ("images", "inputs"))
 
 
 def at_once(outputs: int, dtype: torch.dtype) -> int:
@@ -175,8 +164,7 @@ def _blocks(count: int, at_once: int) -> int:
 
 
 def _maps(x: Tensor, kernel_size: int, stride: int, dilation: int) -> Maps:
-    output = (output_side(side, kernel_size, stride, 0, dilation) for side in x.shape[2:])
-    return Maps(*x.shape[:2], *output, *x.shape[2:], stride, dilation)
+    return Maps(*sizes(x.shape[2:], kernel_size, stride, dilation), *x.shape[:2])
 
 
 def _launch(

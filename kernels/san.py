@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference, runtime
+from kernels.footprint import Footprint, sizes
 from kernels.reference import check_alike, check_footprint, output_side, same_padding
 from kernels.runtime import TYPES, Kernel
 
@@ -20,16 +21,10 @@ SOURCE = "san.cu"
 THREADS = 256
 
 
-class Maps(ctypes.Structure):
+class Maps(Footprint):
     """The sizes, all run-time arguments; as in the source."""
 
-    _fields_ = [
-        (name, ctypes.c_int)
-        for name in (
-            *("images", "channels", "weights", "height", "width"),
-            *("padded_height", "padded_width", "kernel", "stride", "dilation"),
-        )
-    ]
+    _fields_ = tuple((name, ctypes.c_int) for name in ("images", "channels", "weights"))
 
 
 @torch.compiler.assume_constant_result
@@ -207,8 +202,7 @@ def aggregation_gradients_by_kernel(
 
 def _maps(padded: Tensor, weights: int, kernel_size: int, stride: int, dilation: int) -> Maps:
     images, channels, *sides = padded.shape
-    output = (output_side(side, kernel_size, stride, 0, dilation) for side in sides)
-    return Maps(images, channels, weights, *output, *sides, kernel_size, stride, dilation)
+    return Maps(*sizes(sides, kernel_size, stride, dilation), images, channels, weights)
 
 
 def _launch(name: str, threads: int, *arguments: Tensor | Maps) -> None:

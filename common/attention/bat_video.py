@@ -72,6 +72,7 @@ def fitting_side(side: int, size: int) -> int:
 
 
 def next_multiple(length: int, size: int) -> int:
+    """The least multiple of ``size`` that is at least ``length``."""
     return -(-length // size) * size
 
 

@@ -14,6 +14,7 @@
 // (i, q) belongs to exactly once: nothing is added atomically, and two runs give the same bits.
 //
 // Set when compiling: IN, HIDDEN, WEIGHTS, SHARE, GROUPS, TILES (pixel tiles a block), VALUE and REAL (types).
+#include "footprint.cuh"
 #include "storage.cuh"
 
 constexpr int HID = HIDDEN / GROUPS, WGT = WEIGHTS / GROUPS, CHANNELS = SHARE * WEIGHTS;
@@ -22,10 +23,8 @@ constexpr int ROWS = SLICE * GROUPS;                             // IN, filled u
 constexpr int PITCH = 36;  // of a tile's rows: reads of four lanes by 32 rows at once meet no bank twice
 constexpr int THREADS = 32 * GROUPS * TILES;
 
-struct Maps {
-    int images, height, width, padded_height, padded_width, kernel, stride, dilation;
-    __device__ int pixels() const { return height * width; }
-    __device__ int padded_pixels() const { return padded_height * padded_width; }
+struct Maps : Footprint {
+    int images;
 };
 
 struct Pair {  // an output pixel, a padded pixel, and whether they meet at this position of the footprint
@@ -47,19 +46,12 @@ __device__ Pair lane_pixel(const Maps& maps, int count, bool is_centre) {
 // The partner at footprint position (u, v).
 __device__ Pair pair_at(const Maps& maps, Pair fixed, bool is_centre, int u, int v) {
     if (is_centre) {
-        int y = fixed.out / maps.width * maps.stride + u * maps.dilation;
-        int x = fixed.out % maps.width * maps.stride + v * maps.dilation;
-        fixed.padded = y * maps.padded_width + x;
+        fixed.padded = maps.under(fixed.out, u, v);
         return fixed;
     }
-    int y = fixed.padded / maps.padded_width - u * maps.dilation;
-    int x = fixed.padded % maps.padded_width - v * maps.dilation;
-    bool meet = y >= 0 && x >= 0 && y % maps.stride == 0 && x % maps.stride == 0;
-    y /= maps.stride;
-    x /= maps.stride;
-    meet = meet && y < maps.height && x < maps.width;
-    fixed.out = meet ? y * maps.width + x : 0;
-    fixed.meet = fixed.meet && meet;
+    int out = maps.over(fixed.padded, u, v);
+    fixed.out = out < 0 ? 0 : out;
+    fixed.meet = fixed.meet && out >= 0;
     return fixed;
 }
 

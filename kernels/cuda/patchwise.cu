@@ -6,23 +6,14 @@
 // One thread a pixel; threads of a warp read the same weights. Gradients are gathered or summed in order, not added
 // atomically: two runs give the same bits.
 // Set when compiling: OUTPUTS, AT_ONCE (outputs a thread does, divides OUTPUTS), KERNEL (the footprint's side), VALUE.
+#include "footprint.cuh"
 #include "storage.cuh"
 
 using REAL = Computed<VALUE>::type;
 constexpr int THREADS = 128, POSITIONS = KERNEL * KERNEL, PARTS = OUTPUTS / AT_ONCE;
 
-struct Maps {
-    int images, inputs, height, width, padded_height, padded_width, stride, dilation;
-    __device__ long long pixels() const { return static_cast<long long>(height) * width; }
-    __device__ long long padded_pixels() const { return static_cast<long long>(padded_height) * padded_width; }
-    __device__ long long under(long long p, int u, int v) const {
-        return (p / width * stride + u * dilation) * padded_width + p % width * stride + v * dilation;
-    }
-    __device__ long long over(long long q, int u, int v) const {
-        long long y = q / padded_width - u * dilation, x = q % padded_width - v * dilation;
-        if (y < 0 || x < 0 || y % stride || x % stride || y / stride >= height || x / stride >= width) return -1;
-        return y / stride * width + x / stride;
-    }
+struct Maps : Footprint {
+    int images, inputs;
 };
 
 __device__ inline REAL relu(REAL x) { return x < 0 ? REAL(0) : x; }  // keeps NaN

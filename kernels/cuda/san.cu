@@ -3,25 +3,13 @@
 //
 // One thread a pixel of one channel's map; neighbouring threads are neighbouring pixels.
 // Set when compiling: VALUE, the type in memory.
+#include "footprint.cuh"
 #include "storage.cuh"
 
 using REAL = Computed<VALUE>::type;
 
-struct Maps {
-    int images, channels, weights, height, width, padded_height, padded_width, kernel, stride, dilation;
-    __device__ long long pixels() const { return static_cast<long long>(height) * width; }
-    __device__ long long padded_pixels() const { return static_cast<long long>(padded_height) * padded_width; }
-    __device__ int positions() const { return kernel * kernel; }
-    // The padded pixel under position (u, v) of output pixel p.
-    __device__ long long under(long long p, int u, int v) const {
-        return (p / width * stride + u * dilation) * padded_width + p % width * stride + v * dilation;
-    }
-    // The output pixel that has padded pixel q under position (u, v), or -1.
-    __device__ long long over(long long q, int u, int v) const {
-        long long y = q / padded_width - u * dilation, x = q % padded_width - v * dilation;
-        if (y < 0 || x < 0 || y % stride || x % stride || y / stride >= height || x / stride >= width) return -1;
-        return y / stride * width + x / stride;
-    }
+struct Maps : Footprint {
+    int images, channels, weights;
 };
 
 __device__ inline long long thread_index() { return static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x; }

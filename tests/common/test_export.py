@@ -28,7 +28,7 @@ ALIKE = re.compile(
     r"^(resnet(101|152|200|269)|resnext101|san(15|19))|pvt_(medium|large)|_0[57][05]_|_0[57][05]$"
 )
 NAMES = [name for name in dict.fromkeys(row.model for row in read_rows()) if not ALIKE.search(name)]
-NAMES += [name for name in timm.list_models("c2d_resnet50*") if name not in NAMES]
+NAMES += [name for name in timm.list_models(["c2d_resnet50*", "i3d_resnet50*"]) if name not in NAMES]
 
 
 def check(model, size):
