@@ -97,6 +97,12 @@ def missing() -> str | None:
 
 
 @lru_cache
+def tensor_cores(device: torch.device) -> bool:
+    """Whether ``device`` multiplies matrices of bfloat16 (compute capability 8.0 and above)."""
+    return device.type == "cuda" and missing() is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@lru_cache
 def shared_limit(device: torch.device) -> int:
     """Bytes of shared memory a block can have on ``device``."""
     from cupy.cuda import runtime
@@ -168,7 +174,7 @@ def compiled(source: str, defines: tuple[tuple[str, str], ...], architecture: st
     )
     try:
         nvrtc.compileProgram(program, options)
-        code = bytes(nvrtc.getCUBIN(program))
+        code = bytes(nvrtc.getCUBIN(program)) + b"\0"  # CuPy takes the last byte for the end of a string
     except nvrtc.NVRTCError as error:
         raise RuntimeError(
             f"{source} with {dict(defines)}: {error}\n{nvrtc.getProgramLog(program)}"

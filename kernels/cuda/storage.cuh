@@ -20,9 +20,16 @@ __device__ inline void write(bfloat16& to, float x) {
 }
 
 #ifdef PAIRWISE_ON_CPU
+__device__ inline float exponential(float x) { return exp(x); }
 __device__ inline float read(float16 x) { _Float16 y; memcpy(&y, &x, 2); return y; }
 __device__ inline void write(float16& to, float x) { _Float16 y = x; memcpy(&to, &y, 2); }
 #else
+// To about |x| · 10⁻⁷ of the result.
+__device__ inline float exponential(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(1.4426950408889634f * x));
+    return y;
+}
 __device__ inline float read(float16 x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits)); return y; }
 __device__ inline void write(float16& to, float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(to.bits) : "f"(x)); }
 #endif

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import bat, fbn, noah, pairwise, patchwise, reference, runtime, san
+from kernels import bat, fbn, noah, pairwise, pairwise_simt, patchwise, reference, runtime, san
 from tests.kernels.cases import (
     GEOMETRIES,
+    ON_TENSOR_CORES,
     SAN_STAGES,
     SMALL,
     TOLERANCES,
@@ -16,6 +17,7 @@ from tests.kernels.cases import (
     Module,
     Pairwise,
     assert_close,
+    coarse,
     pairwise_case,
     patches_case,
     san_case,
@@ -52,11 +54,20 @@ def check_pairwise(case: Pairwise, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("module", SAN_STAGES + SMALL, ids=str)
 def test_pairwise_attention(module: Module, dtype: torch.dtype, training: bool) -> None:
     case = pairwise_case(module, Geometry(9, 13, 7), dtype, training, images=3)
-    how = pairwise.plan(*module[:3], module.share * module.weights, dtype)
-    assert isinstance(how, pairwise.Plan)
+    how = pairwise_simt.plan(*module[:3], module.share * module.weights, dtype)
+    assert isinstance(how, pairwise_simt.Plan)
     if how.shared_bytes > runtime.shared_limit(torch.device("cuda", 0)):
         pytest.skip(f"{how.shared_bytes} bytes of shared memory are more than this GPU has")
-    check_pairwise(case, dtype)
+    check_pairwise(coarse(case) if dtype == torch.bfloat16 else case, dtype)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("module", ON_TENSOR_CORES, ids=str)
+def test_tensor_cores(module: Module, geometry: Geometry, training: bool) -> None:
+    if not runtime.tensor_cores(torch.device("cuda", 0)):
+        pytest.skip("this GPU has none for bfloat16")
+    check_pairwise(coarse(pairwise_case(module, geometry, torch.bfloat16, training)), torch.bfloat16)
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
@@ -203,12 +214,13 @@ def test_on_the_second_gpu() -> None:
 
 
 def test_operators_are_good_citizens() -> None:
-    case = pairwise_case(SMALL[0], Geometry(4, 5, 3), torch.float32).on("cuda")
     utilities = ("test_schema", "test_faketensor", "test_autograd_registration")
-    tensors = [x.requires_grad_() for x in case.tensors]
-    torch.library.opcheck(
-        pairwise.pairwise_attention, (*tensors, *case.statistics, *case.rest), test_utils=utilities
-    )
+    for module, value in ((SMALL[0], torch.float32), (ON_TENSOR_CORES[0], torch.bfloat16)):
+        case = pairwise_case(module, Geometry(4, 5, 3), value).on("cuda")
+        tensors = [x.requires_grad_() for x in case.tensors]
+        torch.library.opcheck(
+            pairwise.pairwise_attention, (*tensors, *case.statistics, *case.rest), test_utils=utilities
+        )
     a, b, weight = (x.cuda().requires_grad_() for x in san_case(Geometry(4, 5, 3), torch.float32))
     torch.library.opcheck(san.padded_subtraction2, (a, b, 3, 1, 1))
     torch.library.opcheck(san.padded_aggregation, (a, weight, 3, 1, 1))

@@ -42,6 +42,8 @@ class Module(NamedTuple):
 
 SAN_STAGES = [Module(6, 4, 2), Module(18, 16, 8), Module(34, 32, 16), Module(66, 64, 32)]
 """The stages of the published networks that have kernels."""
+ON_TENSOR_CORES = [*SAN_STAGES[1:], Module(20, 32, 8, 4)]
+"""What tensor cores take, in bfloat16."""
 SMALL = [Module(4, 2, 1), Module(5, 6, 3, 2), Module(9, 12, 4, 1)]
 """As a test's or a demonstration's networks may have."""
 
@@ -107,6 +109,16 @@ def pairwise_case(
     statistics = [None, None] if training else [random(hidden, scale=0.1), random(hidden).abs() + 0.5]
     of_y = random(images, share * weights, *maps).to(value)
     return Pairwise(tensors, statistics, (1e-5, *geometry.window), of_y)
+
+
+def coarse(case: Pairwise) -> Pairwise:
+    """The case with what is compared in steps of 1/8 and ``mix`` in bfloat16.
+
+    Rounding then changes nothing, and puts no value on the other side of a ReLU, whose gradient is all or nothing.
+    """
+    centre, around, value, mix, *rest = case.tensors
+    centre, around = ((8 * x).round() / 8 for x in (centre, around))
+    return case._replace(tensors=[centre, around, value, mix.bfloat16().to(mix.dtype), *rest])
 
 
 def san_case(geometry: Geometry, dtype: torch.dtype, images: int = 2) -> tuple[Tensor, Tensor, Tensor]:

@@ -55,6 +55,48 @@ template <class T> T __shfl_xor_sync(unsigned, T x, int lanes) {
     return other;
 }
 
+// The warp's products of matrices, by the layouts in kernels/cuda/mma.cuh. All threads of a block must call them.
+static std::vector<unsigned> words(1024 * 4);
+static const unsigned* words_of_warp(const unsigned* own, int count) {
+    memcpy(&words[running * 4], own, 4 * count);
+    __syncthreads();
+    return &words[running / 32 * 32 * 4];
+}
+static float half_of(unsigned word, int which) { return __uint_as_float(which ? word & 0xffff0000u : word << 16); }
+
+template <class Fragment> void multiply(float (&sum)[4], const unsigned (&left)[4], Fragment right) {
+    int lane = running % 32;
+    float a[16][16], b[16][8];
+    const unsigned* of_warp = words_of_warp(left, 4);
+    for (int l = 0; l < 32; ++l)
+        for (int k = 0; k < 8; ++k) a[l / 4 + 8 * (k / 2 % 2)][l % 4 * 2 + k % 2 + 8 * (k / 4)] = half_of(of_warp[4 * l + k / 2], k % 2);
+    __syncthreads();
+    unsigned own[2] = {right.first, right.last};
+    of_warp = words_of_warp(own, 2);
+    for (int l = 0; l < 32; ++l)
+        for (int k = 0; k < 4; ++k) b[l % 4 * 2 + k % 2 + 8 * (k / 2)][l / 4] = half_of(of_warp[4 * l + k / 2], k % 2);
+    __syncthreads();
+    for (int k = 0; k < 16; ++k)
+        for (int e = 0; e < 4; ++e) sum[e] += a[lane / 4 + 8 * (e / 2)][k] * b[k][lane % 4 * 2 + e % 2];
+}
+
+static unsigned transposed(unsigned matrix) {
+    int lane = running % 32, row = lane / 4, column = lane % 4 * 2;
+    const unsigned* of_warp = words_of_warp(&matrix, 1);
+    unsigned mirrored = 0;
+    for (int e = 0; e < 2; ++e)  // element (row, column + e) is (column + e, row) of the matrix
+        mirrored |= (of_warp[4 * ((column + e) * 4 + row / 2)] >> 16 * (row % 2) & 0xffffu) << 16 * e;
+    __syncthreads();
+    return mirrored;
+}
+
+static unsigned rounded(float x) {
+    unsigned bits = __float_as_uint(x);
+    return x == x ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : 0x7fc0u;
+}
+static unsigned packed(float low, float high) { return rounded(low) | rounded(high) << 16; }
+static unsigned packed_relu(float low, float high) { return packed(low < 0 ? 0 : low, high < 0 ? 0 : high); }
+
 static void run_thread() {
     body(arguments);
     fibers[running].done = true;

@@ -45,6 +45,7 @@ def replace() -> None:
     runtime.launch = emulator.launch
     runtime.runs = lambda device, lacking: lacking is None
     runtime.missing = lambda: None
+    runtime.tensor_cores = lambda device: True
     for operator, kernel in (
         (pairwise.pairwise_attention, pairwise.forward_by_kernels),
         (pairwise.pairwise_attention_gradients, pairwise.gradients_by_kernels),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import bat, fbn, noah, pairwise, patchwise, runtime, san
-from tests.kernels.cases import SAN_STAGES, SMALL, Module
+from kernels import bat, fbn, noah, pairwise_mma, pairwise_simt, patchwise, runtime, san
+from tests.kernels.cases import ON_TENSOR_CORES, SAN_STAGES, SMALL, Module
 from tests.kernels.emulator import names
 
 pytest.importorskip("cupy")
@@ -51,14 +51,14 @@ def test_mix_patches(outputs: int, kernel_size: int, value: torch.dtype, archite
 
 
 def defines_of(module: Module, value: torch.dtype) -> tuple[tuple[str, str], ...]:
-    how = pairwise.plan(*module[:3], module.share * module.weights, value)
-    assert isinstance(how, pairwise.Plan)
+    how = pairwise_simt.plan(*module[:3], module.share * module.weights, value)
+    assert isinstance(how, pairwise_simt.Plan)
     return how.defines
 
 
 @pytest.mark.parametrize("architecture", runtime.ARCHITECTURES)
 def test_pairwise_attention(architecture: str) -> None:
-    check(pairwise.SOURCE, defines_of(SAN_STAGES[0], torch.bfloat16), architecture)
+    check(pairwise_simt.SOURCE, defines_of(SAN_STAGES[0], torch.bfloat16), architecture)
 
 
 @pytest.mark.slow
@@ -66,7 +66,20 @@ def test_pairwise_attention(architecture: str) -> None:
 @pytest.mark.parametrize("value", runtime.TYPES)
 @pytest.mark.parametrize("module", SAN_STAGES + SMALL, ids=str)
 def test_pairwise_attention_of_every_module(module: Module, value: torch.dtype, architecture: str) -> None:
-    check(pairwise.SOURCE, defines_of(module, value), architecture)
+    check(pairwise_simt.SOURCE, defines_of(module, value), architecture)
+
+
+@pytest.mark.parametrize("architecture", runtime.ARCHITECTURES)
+@pytest.mark.parametrize(
+    "module",
+    [ON_TENSOR_CORES[0], *(pytest.param(m, marks=pytest.mark.slow) for m in ON_TENSOR_CORES[1:])],
+    ids=str,
+)
+def test_pairwise_attention_on_tensor_cores(module: Module, architecture: str) -> None:
+    how = pairwise_mma.plan(*module[:3], module.share * module.weights, torch.bfloat16)
+    assert how is not None
+    assert how.shared_bytes <= 48 << 10  # what every device gives without being asked
+    check(pairwise_mma.SOURCE, how.defines, architecture)
 
 
 def test_what_was_compiled_is_kept(tmp_path, monkeypatch) -> None:

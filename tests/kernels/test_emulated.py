@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from common.attention.bat_video import temporal_transform
-from kernels import bat, fbn, noah, pairwise, patchwise, reference, runtime, san
+from kernels import bat, fbn, noah, pairwise, pairwise_simt, patchwise, reference, runtime, san
 from tests.kernels import emulator
 from tests.kernels.cases import (
     GEOMETRIES,
+    ON_TENSOR_CORES,
     SAN_STAGES,
     SMALL,
     TOLERANCES,
@@ -22,6 +23,7 @@ from tests.kernels.cases import (
     Module,
     Pairwise,
     assert_close,
+    coarse,
     pairwise_case,
     patches_case,
     san_case,
@@ -81,6 +83,62 @@ def test_pairwise_attention_of_one_image_and_of_none() -> None:
     )
     assert results[0].shape == (0, 8, 2, 3)
     assert not any(gradient.any() for gradient in gradients)
+
+
+@pytest.fixture
+def tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "tensor_cores", lambda device: True)
+
+
+@pytest.mark.usefixtures("tensor_cores")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("module", ON_TENSOR_CORES, ids=str)
+def test_tensor_cores_with_every_module(module: Module, training: bool) -> None:
+    case = coarse(pairwise_case(module, Geometry(5, 7, 3), torch.bfloat16, training))
+    check_pairwise(case, torch.bfloat16)
+    results, gradients = by_kernels(case)
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in (*results[:2], *gradients[:3]))
+
+
+@pytest.mark.usefixtures("tensor_cores")
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_tensor_cores_with_every_geometry(geometry: Geometry) -> None:
+    check_pairwise(coarse(pairwise_case(ON_TENSOR_CORES[0], geometry, torch.bfloat16)), torch.bfloat16)
+
+
+@pytest.mark.usefixtures("tensor_cores")
+def test_tensor_cores_with_one_image_and_none() -> None:
+    """One image of 15 pixels is less than a warp has."""
+    one = pairwise_case(ON_TENSOR_CORES[0], Geometry(3, 5, 3), torch.bfloat16, images=1)
+    check_pairwise(coarse(one), torch.bfloat16)
+    none = pairwise_case(ON_TENSOR_CORES[0], Geometry(2, 3, 3), torch.bfloat16, False, images=0)
+    results, gradients = by_kernels(none)
+    assert results[0].shape == (0, 64, 2, 3)
+    assert not any(gradient.any() for gradient in gradients)
+
+
+@pytest.mark.usefixtures("tensor_cores")
+def test_tensor_cores_read_nothing_outside_and_give_the_same_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = pairwise_case(ON_TENSOR_CORES[0], Geometry(3, 7, 3, stride=2, spare=1), torch.bfloat16)
+    wanted = by_kernels(case)
+    fenced = case._replace(tensors=[between_nans(x) for x in case.tensors], of_y=between_nans(case.of_y))
+    last_first = case._replace(tensors=[x.clone() for x in case.tensors])
+    for other, backwards in ((fenced, False), (last_first, True)):
+        monkeypatch.setattr(emulator, "BACKWARDS", backwards)
+        for results, wants in zip(by_kernels(other), wanted):
+            assert all(torch.equal(result, want) for result, want in zip(results, wants))
+
+
+@pytest.mark.usefixtures("tensor_cores")
+def test_a_nan_stays_where_it_is_seen_on_tensor_cores() -> None:
+    case = pairwise_case(ON_TENSOR_CORES[0], Geometry(4, 8, 3), torch.bfloat16, training=False)
+    case.tensors[1][0, 0, 2, 2] = torch.nan
+    results, gradients = by_kernels(case)
+    seen = torch.zeros(4, 8, dtype=torch.bool)
+    seen[:3, :3] = True
+    assert torch.equal(results[0][0].isnan().any(0), seen)
+    assert torch.equal(gradients[0][0].isnan().any(0), seen)
+    assert results[0][1].isfinite().all()
 
 
 @pytest.mark.parametrize("module", SAN_STAGES, ids=str)
@@ -178,8 +236,8 @@ def test_more_channels_than_a_thread_sums_at_once() -> None:
 def test_a_block_says_how_much_shared_memory_it_needs() -> None:
     """The emulator ends the process when more is written; less would do is no reason to ask for too much."""
     for module in SAN_STAGES:
-        how = pairwise.plan(*module[:3], module.share * module.weights, torch.float32)
-        assert isinstance(how, pairwise.Plan)
+        how = pairwise_simt.plan(*module[:3], module.share * module.weights, torch.float32)
+        assert isinstance(how, pairwise_simt.Plan)
         assert how.shared_bytes <= 99 << 10  # what the smallest supported devices have
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from kernels import KernelError, bat, fbn, noah, pairwise, patchwise, reference, runtime, san
+from kernels import KernelError, bat, fbn, noah, pairwise, pairwise_simt, patchwise, reference, runtime, san
 from tests.kernels.cases import SMALL, Geometry, pairwise_case, patches_case, san_case, transform_case
 
 
@@ -128,7 +128,7 @@ def test_a_script_says_it_in_one_line() -> None:
     ],
 )
 def test_shapes_without_a_kernel(hidden: int, weights: int, channels: int, why: str) -> None:
-    assert why in str(pairwise.plan(hidden + 2, hidden, weights, channels, torch.float32))
+    assert why in str(pairwise_simt.plan(hidden + 2, hidden, weights, channels, torch.float32))
 
 
 def break_centre(x: list) -> None:
