@@ -163,6 +163,29 @@ def pairwise_attention(
     return y, logits.logsumexp(2), mean, variance
 
 
+def difference_moments(
+    centre: Tensor, around: Tensor, kernel_size: int, stride: int = 1, dilation: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance per channel of centre − footprint, over all pixels and positions, in float64.
+
+    With m and q a footprint's mean and mean square, E[(c − f)²] = E[c² − 2·c·m + q], from means over footprints alone;
+    in double precision, since these terms can be a thousand times their sum.
+
+    Args:
+        centre: (N, C, h, w).
+        around: (N, C, H, W), padded already.
+    """
+    centre, around = centre.double(), around.double()
+    reach = dilation * (kernel_size - 1) + 1
+    local = torch.cat((around, around.square()), 1)
+    for dim in (2, 3):
+        local = local.unfold(dim, reach, stride)[..., ::dilation].mean(-1)
+    local_mean, local_square = local.chunk(2, 1)
+    mean = (centre - local_mean).mean((0, 2, 3))
+    square = (centre.square() - 2 * centre * local_mean + local_square).mean((0, 2, 3))
+    return mean, square - mean.square()
+
+
 def subtraction2_gradients(
     of_y: Tensor, height: int, width: int, kernel_size: int, stride: int, dilation: int
 ) -> tuple[Tensor, Tensor]:
@@ -185,6 +208,25 @@ def aggregation_gradients(
     of_near = (of_y * by_pixel).flatten(1, 2)
     of_value = spread(of_near, value.shape[2:], kernel_size, stride, dilation)
     return of_value, (of_y * near).sum(1).flatten(3)
+
+
+def difference_moments_gradients(
+    of_mean: Tensor,
+    of_variance: Tensor,
+    mean: Tensor,
+    centre: Tensor,
+    around: Tensor,
+    kernel_size: int,
+    stride: int,
+    dilation: int,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of both maps of :func:`difference_moments` from those of its results."""
+    exact = centre.double(), around.double()
+    difference = exact[0].unsqueeze(2) - footprint(exact[1], kernel_size, stride, 0, dilation)
+    of_difference = _channel(of_mean) + 2 * _channel(of_variance) * (difference - _channel(mean))
+    of_difference = of_difference / difference[:, 0].numel()
+    of_around = spread(of_difference, around.shape[2:], kernel_size, stride, dilation)
+    return of_difference.sum(2).to(centre.dtype), -of_around.to(around.dtype)
 
 
 def pairwise_attention_gradients(

@@ -23,7 +23,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kernels import pairwise, patchwise, san
-from kernels.reference import aggregation, footprint, output_side, pad, same_padding, subtraction2
+from kernels.differences import difference_moments
+from kernels.reference import aggregation, footprint, output_side, pad, reflected, same_padding, subtraction2
 
 Grid = list[list[Tensor]]
 
@@ -110,7 +111,7 @@ class SelfAttention(nn.Module):
         return x[:, :, :: self.stride, :: self.stride].contiguous()
 
     def _padded(self, x: Tensor) -> Tensor:
-        return pad(x.contiguous(), same_padding(self.kernel_size, self.dilation))
+        return Reflected.apply(x.contiguous(), same_padding(self.kernel_size, self.dilation))
 
     @property
     def _window(self) -> tuple[int, int, int]:
@@ -157,7 +158,7 @@ class PairwiseAttention(SelfAttention):
         norm1, _, mix, norm2, _, to_weight = layers
         count = centre[:, 0].numel() * self.kernel_size**2
 
-        scale1, shift1 = folded(norm1, count, lambda: self._difference_moments(centre, around))
+        scale1, shift1 = folded(norm1, count, lambda: difference_moments(centre, around, *self._window))
         centre, around = per_channel(scale1) * centre + per_channel(shift1), per_channel(-scale1) * around
         if self._runs_kernel(value):
             return self._by_kernel(centre, around, value)
@@ -209,22 +210,6 @@ class PairwiseAttention(SelfAttention):
         position = (weight * position_map(x, weight.dtype)).sum(1) + per_channel(bias)
         position = position.expand(x.shape[0], -1, -1, -1)
         return torch.cat((self.conv1(x), position), 1), torch.cat((self.conv2(x), position), 1)
-
-    def _difference_moments(self, centre: Tensor, around: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance per channel of centre − footprint, from means over footprints alone.
-
-        With m and q the footprint's mean and mean square, E[(c − f)²] = E[c² − 2·c·m + q]. In double
-        precision, since these terms can be a thousand times their sum.
-        """
-        centre, around = centre.double(), around.double()
-        reach = self.dilation * (self.kernel_size - 1) + 1
-        local = torch.cat((around, around.square()), 1)
-        for dim in (2, 3):
-            local = local.unfold(dim, reach, self.stride)[..., :: self.dilation].mean(-1)
-        local_mean, local_square = local.chunk(2, 1)
-        mean = (centre - local_mean).mean((0, 2, 3))
-        square = (centre.square() - 2 * centre * local_mean + local_square).mean((0, 2, 3))
-        return mean, square - mean.square()
 
 
 class PatchwiseAttention(SelfAttention):
@@ -286,8 +271,10 @@ class PatchwiseAttention(SelfAttention):
         """Mean and variance of the centre's channels, then of each channel at each footprint position."""
         centre, around = centre.double(), around.double()
         at_centre = torch.stack((centre, centre.square())).mean((1, 3, 4))
-        maps = torch.stack((around.mean(0), around.square().mean(0)))
-        at_position = torch.stack([view.mean((2, 3)) for view in shifted(maps, *self._window)], 2)
+        at_position = torch.stack((around.mean(0), around.square().mean(0)))
+        for dim, side in ((2, centre.shape[2]), (3, centre.shape[3])):
+            under = at_position.unfold(dim, self.stride * (side - 1) + 1, self.dilation)[..., :: self.stride]
+            at_position = under.mean(-1).narrow(dim, 0, self.kernel_size)
         mean, square = torch.cat((at_centre, at_position.flatten(1)), 1)
         return mean, square - mean.square()
 
@@ -327,6 +314,34 @@ def shifted(padded: Tensor, kernel_size: int, stride: int, dilation: int) -> lis
     offsets = [(dilation * u, dilation * v) for u in range(kernel_size) for v in range(kernel_size)]
     rows, columns = stride * (height - 1) + 1, stride * (width - 1) + 1
     return [padded[:, :, u : u + rows : stride, v : v + columns : stride] for u, v in offsets]
+
+
+class Reflected(torch.autograd.Function):
+    """:func:`kernels.reference.pad` of a map, with a backward pass that folds the borders back, a strip at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, padding: int) -> Tensor:
+        ctx.padding = padding
+        return pad(x, padding)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        for dim in (2, 3):
+            grad = folded_back(grad, dim, ctx.padding)
+        return grad, None
+
+
+def folded_back(grad: Tensor, dim: int, padding: int) -> Tensor:
+    """What a map's gradient along ``dim`` is, given that of the map with ``padding`` reflected pixels on both sides."""
+    side = grad.shape[dim] - 2 * padding
+    if padding >= side:  # pixels come more than once on a side
+        once = grad.new_zeros((*grad.shape[:dim], side, *grad.shape[dim + 1 :]))
+        return once.index_add_(dim, reflected(side, padding, grad.device), grad)
+    inside = grad.narrow(dim, padding, side).clone()
+    inside.narrow(dim, 1, padding).add_(grad.narrow(dim, 0, padding).flip(dim))
+    inside.narrow(dim, side - 1 - padding, padding).add_(grad.narrow(dim, padding + side, padding).flip(dim))
+    return inside
 
 
 class Footprint(torch.autograd.Function):
@@ -420,7 +435,7 @@ def folded(
     if uses_batch(norm):
         mean, variance = batch_moments()
         if norm.training and norm.track_running_stats:
-            update_running(norm, mean.detach(), variance.detach() * (count / (count - 1)))
+            update_running(norm, mean, variance * (count / (count - 1)))
     else:
         mean, variance = norm.running_mean, norm.running_var
     dtype = torch.promote_types(norm.weight.dtype, torch.float32)
@@ -430,10 +445,10 @@ def folded(
 
 def update_running(norm: Any, mean: Tensor, unbiased_variance: Tensor) -> None:
     """The running statistics of ``norm`` after a batch."""
-    norm.num_batches_tracked += 1
+    norm.num_batches_tracked.add_(1)  # torch.compile returns it in place of the result when it is `+= 1`
     momentum = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
     for running, batch in ((norm.running_mean, mean), (norm.running_var, unbiased_variance)):
-        running.mul_(1 - momentum).add_((batch * momentum).to(running.dtype))
+        running.mul_(1 - momentum).add_((batch.detach() * momentum).to(running.dtype))
 
 
 def moments(x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Whole networks with the CUDA sources in place of the reference, on a CPU: a program, for it replaces operators.
 
 Prints the distance of all gradients together from those of the reference in float32, relative to their length: for each
-network the kernels' in float32, and in bfloat16 the reference's and the kernels'.
+network the kernels' in float32, and in bfloat16 the reference's and the kernels'; and how far the kernels' are under
+torch.compile from theirs without it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 
 import image.models  # noqa: F401
 import video.models  # noqa: F401
-from kernels import bat, fbn, noah, pairwise, patchwise, runtime, san
+from kernels import bat, differences, fbn, noah, pairwise, patchwise, runtime, san
 from tests.kernels import emulator
 
 SAN = {"layers": [1, 1, 1], "widths": [64, 128, 256], "kernels": [3, 5, 7], "num_classes": 5}
@@ -30,12 +31,14 @@ NETWORKS = {
 }
 
 
-def step(model: torch.nn.Module, x: torch.Tensor, half: bool) -> list[torch.Tensor]:
+def step(model: torch.nn.Module, x: torch.Tensor, half: bool, compiled: bool = False) -> list[torch.Tensor]:
     """Logits and gradients of a training step of a copy of ``model``."""
     model = copy.deepcopy(model).train()
+    forward = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
     torch.manual_seed(0)  # DropFactor's mask
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        logits = model(x)
+        logits = forward(x)
+    assert not any(buffer.requires_grad for buffer in model.buffers())
     torch.nn.functional.cross_entropy(logits.float(), torch.arange(len(x)) % 5).backward()
     return [logits.detach(), *(p.grad for p in model.parameters())]
 
@@ -49,6 +52,8 @@ def replace() -> None:
     for operator, kernel in (
         (pairwise.pairwise_attention, pairwise.forward_by_kernels),
         (pairwise.pairwise_attention_gradients, pairwise.gradients_by_kernels),
+        (differences.moments, differences.moments_by_kernel),
+        (differences.moments_gradients, differences.gradients_by_kernel),
         (patchwise.mix_patches, patchwise.mix_patches_by_kernel),
         (patchwise.mix_patches_gradients, patchwise.gradients_by_kernels),
         (san.padded_subtraction2, san.subtraction2_by_kernel),
@@ -99,14 +104,16 @@ def main() -> None:
     exact = {name: step(*network, half=False) for name, network in networks.items()}
     reference = {name: distance(step(*network, half=True), exact[name]) for name, network in networks.items()}
     replace()
-    found = {
-        name: {
-            "kernels, float32": distance(step(*network, half=False), exact[name]),
+    found = {}
+    for name, network in networks.items():
+        single, half = step(*network, half=False), step(*network, half=True)
+        found[name] = {
+            "kernels, float32": distance(single, exact[name]),
             "reference, bfloat16": reference[name],
-            "kernels, bfloat16": distance(step(*network, half=True), exact[name]),
+            "kernels, bfloat16": distance(half, exact[name]),
+            "compiled, float32": distance(step(*network, half=False, compiled=True), single),
+            "compiled, bfloat16": distance(step(*network, half=True, compiled=True), half),
         }
-        for name, network in networks.items()
-    }
     json.dump({"distances": found, "calls": sorted(CALLS)}, sys.stdout)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import bat, fbn, noah, pairwise_mma, pairwise_simt, patchwise, runtime, san
+from kernels import bat, differences, fbn, noah, pairwise_mma, pairwise_simt, patchwise, runtime, san
 from tests.kernels.cases import ON_TENSOR_CORES, SAN_STAGES, SMALL, Module
 from tests.kernels.emulator import names
 
@@ -31,6 +31,12 @@ def check(source: str, defines: tuple[tuple[str, str], ...], architecture: str) 
 @pytest.mark.parametrize("source", [san.SOURCE, noah.SOURCE, fbn.SOURCE])
 def test_sources_without_sizes(source: str, value: torch.dtype, architecture: str) -> None:
     check(source, (("VALUE", runtime.TYPES[value]),), architecture)
+
+
+@pytest.mark.parametrize("architecture", runtime.ARCHITECTURES)
+@pytest.mark.parametrize("real", ["float", "double"])
+def test_moments_of_differences(real: str, architecture: str) -> None:
+    check(differences.SOURCE, (("REAL", real),), architecture)
 
 
 @pytest.mark.parametrize("architecture", runtime.ARCHITECTURES)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from common.attention.bat_video import temporal_transform
-from kernels import bat, fbn, noah, pairwise, pairwise_simt, patchwise, reference, runtime, san
+from kernels import bat, differences, fbn, noah, pairwise, pairwise_simt, patchwise, reference, runtime, san
 from tests.kernels import emulator
 from tests.kernels.cases import (
     GEOMETRIES,
@@ -200,6 +200,42 @@ def test_memory_layouts() -> None:
     for results, wanted in zip(by_kernels(other), by_kernels(case)):
         for result, want in zip(results, wanted):
             assert torch.equal(result, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_moments_of_differences(
+    geometry: Geometry, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(differences, "PIXELS_AT_ONCE", 20)
+    generator = torch.Generator().manual_seed(geometry.width)
+    centre = torch.randn(2, 3, geometry.height, geometry.width, generator=generator, dtype=dtype) + 100
+    around = torch.randn(2, 3, *geometry.padded, generator=generator, dtype=dtype)
+    exact = [x.double().requires_grad_() for x in (centre, around)]
+    wanted = reference.difference_moments(*exact, *geometry.window)
+    results = differences.moments_by_kernel(centre, around, *geometry.window)
+    of_results = torch.randn(2, 3, generator=generator, dtype=torch.float64)
+    gradients = differences.gradients_by_kernel(*of_results, results[0], centre, around, *geometry.window)
+    for name, result, want in zip(("mean", "variance"), results, wanted):
+        assert_close(result, want.detach(), torch.float32, name)  # the reference's own cancellation
+    for name, result, want in zip(
+        ("centre", "around"), gradients, torch.autograd.grad(wanted, exact, [*of_results])
+    ):
+        assert_close(result, want, torch.float32, f"gradient of {name}")
+
+
+def test_moments_of_differences_are_those_of_the_definition() -> None:
+    centre, around = (
+        torch.randn(2, 3, 5, 6, dtype=torch.float64),
+        torch.randn(2, 3, 11, 12, dtype=torch.float64),
+    )
+    all_differences = centre.unsqueeze(2) - reference.footprint(around, 7, 1, 0)
+    for results in (
+        reference.difference_moments(centre, around, 7),
+        differences.moments_by_kernel(centre, around, 7, 1, 1),
+    ):
+        torch.testing.assert_close(results[0], all_differences.mean((0, 2, 3, 4)))
+        torch.testing.assert_close(results[1], all_differences.var((0, 2, 3, 4), correction=0))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)

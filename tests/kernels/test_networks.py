@@ -35,7 +35,15 @@ def test_gradients_of_a_training_step(name: str, found: dict) -> None:
 
 
 @pytest.mark.xdist_group("emulator")
+@pytest.mark.parametrize("name", networks.NETWORKS)
+def test_one_compiled_graph_does_the_same(name: str, found: dict) -> None:
+    distances = found["distances"][name]
+    assert distances["compiled, float32"] < 1e-4
+    assert distances["compiled, bfloat16"] < max(0.1 * distances["reference, bfloat16"], 1e-6)
+
+
+@pytest.mark.xdist_group("emulator")
 def test_the_networks_went_through_the_kernels(found: dict) -> None:
-    kinds = ("pairwise", "patchwise", "san", "bat", "noah", "fbn")
+    kinds = ("pairwise", "differences", "patchwise", "san", "bat", "noah", "fbn")
     assert {call.split(".")[1] for call in found["calls"]} == set(kinds)
-    assert len(found["calls"]) == 12  # forward and backward of each
+    assert len(found["calls"]) == 14  # forward and backward of each

@@ -8,7 +8,19 @@ import sys
 import pytest
 import torch
 
-from kernels import KernelError, bat, fbn, noah, pairwise, pairwise_simt, patchwise, reference, runtime, san
+from kernels import (
+    KernelError,
+    bat,
+    differences,
+    fbn,
+    noah,
+    pairwise,
+    pairwise_simt,
+    patchwise,
+    reference,
+    runtime,
+    san,
+)
 from tests.kernels.cases import SMALL, Geometry, pairwise_case, patches_case, san_case, transform_case
 
 
@@ -31,6 +43,12 @@ def test_subtraction_and_aggregation_are_good_citizens() -> None:
     torch.library.opcheck(san.padded_aggregation, (a, weight, 3, 1, 1))
     assert torch.autograd.gradcheck(lambda a, b: san.padded_subtraction2(a, b, 3, 1, 1), (a, b))
     assert torch.autograd.gradcheck(lambda a, w: san.padded_aggregation(a, w, 3, 1, 1), (a, weight))
+
+
+def test_moments_of_differences_are_good_citizens() -> None:
+    centre, around = (torch.randn(2, 3, side, side, dtype=torch.float64).requires_grad_() for side in (3, 5))
+    torch.library.opcheck(differences.moments, (centre, around, 3, 1, 1))
+    assert torch.autograd.gradcheck(lambda c, a: differences.moments(c, a, 3, 1, 1), (centre, around))
 
 
 def test_bilinear_transform_and_weighted_sum_are_good_citizens() -> None:
