@@ -1,8 +1,9 @@
 """What the kernels must move and compute at least, and the time that takes: `python benchmarks/kernel_floors.py`.
 
 Counted from the sources in kernels/cuda for the published networks' layers, values in bfloat16, the rest in float32.
-A floor is the larger of two times: every byte once at the rate of a device copy, every multiply-accumulate at the
-rate of the device's float32 units. It is arithmetic, not a measurement.
+A floor is the largest of three times: every byte once at the rate of a device copy, every multiply-accumulate at the
+rate of the device's float32 units, every one within a bfloat16 product of matrices at that of its tensor cores. It is
+arithmetic, not a measurement.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ STAGES = {
 
 
 class Work(NamedTuple):
-    """Bytes moved and multiply-accumulates done."""
+    """Bytes moved, multiply-accumulates done, and those done on tensor cores."""
 
     bytes: float
     macs: float
+    products: float = 0
 
 
 def main() -> None:
@@ -35,11 +37,16 @@ def main() -> None:
     parser.add_argument(
         "--fma", type=float, default=33.4, help="float32 TMAC/s (an H200's: 132 · 128 · 1.98 GHz)"
     )
+    parser.add_argument(
+        "--products", type=float, default=395, help="bfloat16 TMAC/s of matrix products (an H200's, measured)"
+    )
     arguments = parser.parse_args()
-    print("| operator | MB | GMAC | floor, ms |\n|---|---|---|---|")
+    rates = Work(arguments.copy, arguments.fma, arguments.products)
+    print("| operator | MB | GMAC | in products | floor, ms |\n|---|---|---|---|---|")
     for name, work in operators(arguments.batch).items():
-        floor = max(work.bytes / arguments.copy / 1e9, work.macs / arguments.fma / 1e9)
-        print(f"| {name} | {work.bytes / 1e6:.0f} | {work.macs / 1e9:.1f} | {floor:.2f} |")
+        floor = max(amount / rate / 1e9 for amount, rate in zip(work, rates))
+        macs = " | ".join(f"{amount / 1e9:.1f}" for amount in work[1:])
+        print(f"| {name} | {work.bytes / 1e6:.0f} | {macs} | {floor:.2f} |")
 
 
 def operators(batch: int) -> dict[str, Work]:
@@ -71,13 +78,17 @@ def pairwise(batch: int, width: int, side: int, kernel_size: int) -> tuple[Work,
     forward_bytes = 2 * compared + values + result + per_weight
     pairs, around = out * kernel_size**2, padded * kernel_size**2
     first, second = inputs * hidden, hidden * weights
-    forward_macs = pairs * (2 * first + second + channels)
-    again = first + second + channels + second  # up to the gradient of the second norm's output
-    backward_macs = (
-        pairs * (again + second) + pairs * (again + 2 * first) + around * (again + first + channels)
-    )
     backward_bytes = 3 * (compared + values + result + 2 * per_weight) + compared + values
-    return Work(forward_bytes, forward_macs), Work(backward_bytes, backward_macs)
+    if hidden % 16:  # no tensor cores: cuda/pairwise_simt.cu
+        again = first + second + channels + second  # up to the gradient of the second norm's output
+        forward_macs = pairs * (2 * first + second + channels)
+        backward_macs = pairs * (2 * again + second + 2 * first) + around * (again + first + channels)
+        return Work(forward_bytes, forward_macs), Work(backward_bytes, backward_macs)
+    again = first + 2 * second
+    forward = Work(forward_bytes, pairs * channels, pairs * (2 * first + second))
+    products = pairs * (2 * again + second + 2 * first) + around * (again + first + first + second)
+    backward_bytes += compared + values + result + 2 * per_weight  # a fourth pass, for the values
+    return forward, Work(backward_bytes, 2 * (pairs + around) * channels, products)
 
 
 def patchwise(batch: int, width: int, side: int, kernel_size: int) -> tuple[Work, Work]:
