@@ -107,6 +107,17 @@ class SelfAttention(nn.Module):
         """Whether :mod:`kernels` has what makes tiles of ``value`` unnecessary."""
         return False
 
+    def _projected(self, x: Tensor) -> list[Tensor]:
+        """``conv1``, ``conv2`` and ``conv3`` of ``x``.
+
+        By one convolution, which reads ``x`` once, and once backward, unless copying the weights costs more.
+        """
+        layers = [self.conv1, self.conv2, self.conv3]
+        if x.numel() < sum(layer.weight.numel() for layer in layers):
+            return [layer(x) for layer in layers]
+        weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+        return list(F.conv2d(x, weight, bias).split([layer.out_channels for layer in layers], 1))
+
     def _at_centre(self, x: Tensor) -> Tensor:
         return x[:, :, :: self.stride, :: self.stride].contiguous()
 
@@ -147,13 +158,14 @@ class PairwiseAttention(SelfAttention):
         self.conv_p: Any = nn.Conv2d(2, 2, 1)
 
     def attention(self, x: Tensor) -> Tensor:
-        first, second = self._compared(x)
+        first, second = self._with_position(self.conv1(x), self.conv2(x))
         difference = subtraction2(first, second, self.kernel_size, self.stride, dilation=self.dilation)
         return self.conv_w(difference).softmax(2)
 
     def fused(self, x: Tensor) -> Tensor:
-        first, second = self._compared(x)
-        centre, around, value = self._at_centre(first), self._padded(second), self._padded(self.conv3(x))
+        first, second, value = self._projected(x)
+        first, second = self._with_position(first, second)
+        centre, around, value = self._at_centre(first), self._padded(second), self._padded(value)
         layers: Any = self.conv_w
         norm1, _, mix, norm2, _, to_weight = layers
         count = centre[:, 0].numel() * self.kernel_size**2
@@ -200,16 +212,16 @@ class PairwiseAttention(SelfAttention):
             update_running(norm, mean, variance * (count / (count - 1)))
         return y
 
-    def _compared(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _with_position(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """What is subtracted from each other: features and, as two more channels, the mapped position.
 
         The convolution of the position is written out, which autocast leaves alone: neighbours differ by
         less than bfloat16 resolves.
         """
         weight, bias = self.conv_p.weight, self.conv_p.bias
-        position = (weight * position_map(x, weight.dtype)).sum(1) + per_channel(bias)
-        position = position.expand(x.shape[0], -1, -1, -1)
-        return torch.cat((self.conv1(x), position), 1), torch.cat((self.conv2(x), position), 1)
+        position = (weight * position_map(first, weight.dtype)).sum(1) + per_channel(bias)
+        position = position.expand(first.shape[0], -1, -1, -1)
+        return torch.cat((first, position), 1), torch.cat((second, position), 1)
 
 
 class PatchwiseAttention(SelfAttention):
@@ -229,8 +241,8 @@ class PatchwiseAttention(SelfAttention):
         return weight.flatten(2).unflatten(1, (-1, self.kernel_size**2))
 
     def fused(self, x: Tensor) -> Tensor:
-        centre, around = self._at_centre(self.conv1(x)), self._padded(self.conv2(x))
-        value = self._padded(self.conv3(x))
+        first, second, value = self._projected(x)
+        centre, around, value = self._at_centre(first), self._padded(second), self._padded(value)
         layers: Any = self.conv_w
         norm1, _, mix, norm2, act, _ = layers
         rel, positions = centre.shape[1], self.kernel_size**2

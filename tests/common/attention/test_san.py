@@ -153,7 +153,8 @@ def test_evaluation_expands_a_tile_at_a_time(
         with LargestTensor() as fused:
             module(x)
     assert definition.values >= 2 * 16 * 49 * 32 * 32
-    assert fused.values <= 2 * 16 * 38 * 38, "larger than the padded value and than a tile"
+    projections = 2 * (2 * module.conv1.out_channels + 16) * 32 * 32
+    assert fused.values <= max(2 * 16 * 38 * 38, projections), "larger than the maps and than a tile"
 
 
 @pytest.mark.parametrize("path", ["fused", "reference"])
