@@ -11,7 +11,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from kernels import reference, runtime
+from kernels import checks, reference, runtime
 from kernels.runtime import TYPES, Kernel
 
 SOURCE = "bat.cu"
@@ -57,7 +57,7 @@ def bilinear_transform(x: Tensor, p: Tensor, q: Tensor) -> Tensor:
     """See :func:`kernels.reference.bilinear_transform`; P and Q may be of a finer dtype than x."""
     if not runs(x.device, p.shape[-1], q.shape[-1], x.dtype):
         return reference.bilinear_transform(x, p, q)
-    reference.check_transform(x, p, q)
+    checks.check_transform(x, p, q)
     exact = torch.promote_types(x.dtype, torch.float32)
     return transform(x, p.to(exact), q.to(exact))
 
@@ -74,7 +74,7 @@ def temporal_transform(x: Tensor, m: Tensor) -> Tensor:
     """
     exact = torch.promote_types(x.dtype, torch.float32)
     maps, one = x.flatten(3), m.new_ones((*m.shape[:2], 1, 1), dtype=exact)
-    reference.check_transform(maps, m, one)
+    checks.check_transform(maps, m, one)
     return transform(maps, m.to(exact), one).unflatten(3, x.shape[3:])
 
 

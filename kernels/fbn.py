@@ -10,7 +10,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from kernels import reference, runtime
+from kernels import checks, reference, runtime
 from kernels.runtime import TYPES, Kernel
 
 SOURCE = "fbn.cu"
@@ -65,7 +65,7 @@ square_sum.register_autograd(_backward, setup_context=_keep)
 @square_sum.register_kernel("cuda")
 def square_sum_by_kernel(products: Tensor, power: Tensor) -> Tensor:
     """:func:`square_sum` by the kernel."""
-    reference.check_products(products, power)
+    checks.check_products(products, power)
     y = power.new_empty(products.shape[:-1])
     _launch("square_sum", y.numel(), products, products.contiguous(), power.contiguous(), y)
     return y

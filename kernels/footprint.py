@@ -6,8 +6,6 @@ import ctypes
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from kernels.reference import output_side
-
 
 class Footprint(ctypes.Structure):
     """As in ``cuda/footprint.cuh``; a source's own sizes come behind."""
@@ -22,3 +20,13 @@ def sizes(padded: Sequence[int], kernel_size: int, stride: int, dilation: int) -
     """The fields of :class:`Footprint` for a padded map of height and width ``padded``."""
     output = (output_side(side, kernel_size, stride, 0, dilation) for side in padded)
     return *output, *padded, kernel_size, stride, dilation
+
+
+def same_padding(kernel_size: int, dilation: int = 1) -> int:
+    """The padding under which stride 1 keeps the map's size (for odd ``kernel_size``)."""
+    return (dilation * (kernel_size - 1) + 1) // 2
+
+
+def output_side(side: int, kernel_size: int, stride: int, padding: int, dilation: int) -> int:
+    """Number of footprints that fit along a side of ``side`` pixels."""
+    return (side + 2 * padding - dilation * (kernel_size - 1) - 1) // stride + 1

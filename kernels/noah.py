@@ -11,7 +11,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from kernels import reference, runtime
+from kernels import checks, reference, runtime
 from kernels.runtime import TYPES, Kernel
 
 SOURCE = "noah.cu"
@@ -34,7 +34,7 @@ def weighted_sum(query: Tensor, value: Tensor) -> Tensor:
     """See :func:`kernels.reference.weighted_sum`."""
     if not runs(query.device, query.dtype):
         return reference.weighted_sum(query, value)
-    reference.check_rows(query, value)
+    checks.check_rows(query, value)
     y = summed(query, value)[0]
     return y if torch.is_autocast_enabled(query.device.type) else y.to(query.dtype)
 

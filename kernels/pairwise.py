@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import pairwise_mma, pairwise_simt, reference, runtime
+from kernels import checks, pairwise_mma, pairwise_simt, reference, runtime
 from kernels.footprint import Footprint, sizes
 
 
@@ -159,7 +159,7 @@ def forward_by_kernels(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]
     """:func:`pairwise_attention` by the kernels."""
     *tensors, mean, variance, eps, kernel_size, stride, dilation = arguments
     inputs = Inputs(*tensors)
-    reference.check_pairwise(*inputs, kernel_size, stride, dilation)
+    checks.check_pairwise(*inputs, kernel_size, stride, dilation)
     passes = _passes(inputs, kernel_size, stride, dilation)
     if mean is None or variance is None:
         count = inputs.centre[:, 0].numel() * kernel_size**2

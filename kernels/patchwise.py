@@ -11,9 +11,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from kernels import reference, runtime
-from kernels.footprint import Footprint, sizes
-from kernels.reference import output_side
+from kernels import checks, reference, runtime
+from kernels.footprint import Footprint, output_side, sizes
 from kernels.runtime import TYPES, Kernel
 
 SOURCE = "patchwise.cu"
@@ -111,7 +110,7 @@ def mix_patches_by_kernel(
     x: Tensor, scale: Tensor, shift: Tensor, mix: Tensor, kernel_size: int, stride: int, dilation: int
 ) -> Tensor:
     """:func:`mix_patches` by the kernel."""
-    reference.check_patches(x, scale, shift, mix, kernel_size, stride, dilation)
+    checks.check_patches(x, scale, shift, mix, kernel_size, stride, dilation)
     maps = _maps(x, kernel_size, stride, dilation)
     h = x.new_empty((x.shape[0], mix.shape[0], maps.height, maps.width))
     blocks = _blocks(h[:, 0].numel(), THREADS) * (mix.shape[0] // at_once(mix.shape[0], x.dtype))

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from kernels import reference, runtime
-from kernels.footprint import Footprint, sizes
-from kernels.reference import check_alike, check_footprint, output_side, same_padding
+from kernels.checks import check_alike, check_footprint, check_weight
+from kernels.footprint import Footprint, output_side, same_padding, sizes
 from kernels.runtime import TYPES, Kernel
 
 SOURCE = "san.cu"
@@ -180,7 +180,7 @@ def aggregation_by_kernel(
     value: Tensor, weight: Tensor, kernel_size: int, stride: int, dilation: int
 ) -> Tensor:
     """:func:`padded_aggregation` by the kernel."""
-    reference.check_weight(value, weight, kernel_size, stride, 0, dilation)
+    check_weight(value, weight, kernel_size, stride, 0, dilation)
     maps = _maps(value, weight.shape[1], kernel_size, stride, dilation)
     y = value.new_empty((*value.shape[:2], maps.height, maps.width))
     _launch("aggregate", weight[:, :, 0].numel(), value.contiguous(), weight.contiguous(), y, maps)

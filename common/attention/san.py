@@ -24,7 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import pairwise, patchwise, san
 from kernels.differences import difference_moments
-from kernels.reference import aggregation, footprint, output_side, pad, reflected, same_padding, subtraction2
+from kernels.footprint import output_side, same_padding
+from kernels.reference import aggregation, footprint, pad, reflected, subtraction2
 
 Grid = list[list[Tensor]]
 

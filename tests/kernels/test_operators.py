@@ -11,6 +11,7 @@ import torch
 from kernels import (
     KernelError,
     bat,
+    checks,
     differences,
     fbn,
     noah,
@@ -96,7 +97,7 @@ def test_one_graph_under_compile() -> None:
     torch.testing.assert_close(compiled(*case.tensors), result(*case.tensors))
 
 
-@pytest.mark.parametrize("pad_mode", reference.PAD_MODES)
+@pytest.mark.parametrize("pad_mode", checks.PAD_MODES)
 def test_without_a_gpu_the_reference_runs(pad_mode: str) -> None:
     a, b = torch.randn(2, 2, 3, 5, 6)
     weight = torch.randn(2, 1, 9, 30)
