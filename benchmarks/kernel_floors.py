@@ -86,9 +86,12 @@ def pairwise(batch: int, width: int, side: int, kernel_size: int) -> tuple[Work,
         return Work(forward_bytes, forward_macs), Work(backward_bytes, backward_macs)
     again = first + 2 * second
     forward = Work(forward_bytes, pairs * channels, pairs * (2 * first + second))
-    products = pairs * (2 * again + second + 2 * first) + around * (again + first + first + second)
-    backward_bytes += compared + values + result + 2 * per_weight  # a fourth pass, for the values
-    return forward, Work(backward_bytes, 2 * (pairs + around) * channels, products)
+    products = pairs * (2 * again + second + 2 * first) + around * (again + first)
+    sums = 2 * pairs + 2 * around
+    if weights > 16:  # more than a warp's registers hold: a fourth pass, for the values
+        products += around * (first + second)
+        backward_bytes += compared + result + 2 * per_weight
+    return forward, Work(backward_bytes, sums * channels, products)
 
 
 def patchwise(batch: int, width: int, side: int, kernel_size: int) -> tuple[Work, Work]:

@@ -1,4 +1,4 @@
-"""Pairwise self-attention for bfloat16 values on tensor cores: starts the kernels of ``cuda/pairwise_mma.cu``.
+"""Pairwise self-attention for bfloat16 values on tensor cores: starts the kernels of ``cuda/pairwise_mma*.cu``.
 
 Maps have channels last there, and so do the results.
 """
@@ -15,7 +15,7 @@ from kernels import runtime
 from kernels.footprint import Footprint
 from kernels.runtime import Kernel
 
-SOURCE = "pairwise_mma.cu"
+SOURCE, GRADIENTS = "pairwise_mma.cu", "pairwise_mma_gradients.cu"
 PIXELS_OF_A_WARP, WARPS_OF_A_BLOCK = 16, 4
 # What registers hold beside the rest: tiles of 8 weights whose channels are summed, and 16 × 8 tiles of dL/dmix.
 WEIGHT_TILES, MIX_TILES = 2, 12
@@ -132,9 +132,10 @@ class Passes:
         of_mix = self.mix.new_empty((how.tiles(self.pixels), how.hidden, how.inputs))
         of_value = torch.empty_like(self.value)
         self._launch("gradient_centre", self.pixels, how.mix_slices, *given, of_centre, of_mix)
-        self._launch("gradient_around", padded_pixels, 1, *given, of_around)
-        maps = (self.centre, self.around, self.mix, *self.layers, self.softmax, self.of_y, of_value)
-        self._launch("gradient_value", padded_pixels, how.weight_slices, *maps)
+        self._launch("gradient_around", padded_pixels, 1, *given, of_around, of_value)
+        if how.weight_slices > 1:
+            maps = (self.centre, self.around, self.mix, *self.layers, self.softmax, self.of_y, of_value)
+            self._launch("gradient_value", padded_pixels, how.weight_slices, *maps)
         in_order = of_value.permute(0, 1, 2, 4, 3, 5).flatten(3)
         return (
             _channels_first(of_centre),
@@ -158,7 +159,8 @@ class Passes:
     def _launch(self, name: str, pixels: int, slices: int, *arguments: Tensor) -> None:
         how = self.how
         blocks = how.tiles(pixels) // WARPS_OF_A_BLOCK * slices
-        kernel, block = Kernel(SOURCE, name, how.defines), (32, WARPS_OF_A_BLOCK, 1)
+        source = GRADIENTS if name.startswith("gradient") else SOURCE
+        kernel, block = Kernel(source, name, how.defines), (32, WARPS_OF_A_BLOCK, 1)
         runtime.launch(kernel, blocks, block, how.shared_bytes, *arguments, self.maps)
 
 

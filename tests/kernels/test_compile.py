@@ -85,7 +85,8 @@ def test_pairwise_attention_on_tensor_cores(module: Module, architecture: str) -
     how = pairwise_mma.plan(*module[:3], module.share * module.weights, torch.bfloat16)
     assert how is not None
     assert how.shared_bytes <= 48 << 10  # what every device gives without being asked
-    check(pairwise_mma.SOURCE, how.defines, architecture)
+    for source in (pairwise_mma.SOURCE, pairwise_mma.GRADIENTS):
+        check(source, how.defines, architecture)
 
 
 def test_what_was_compiled_is_kept(tmp_path, monkeypatch) -> None:
