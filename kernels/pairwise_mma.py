@@ -112,16 +112,15 @@ class Passes:
         """Σ of_norm and Σ of_norm · h, (2, hidden) in float64; dL/dbias and dL/dto_weight."""
         self.of_y = self._sorted(of_y)
         both = torch.stack((log_sum, of_y_times_y), 2).unflatten(1, (-1, 2))
-        self.softmax = both.permute(
-            0, 4, 5, 1, 3, 2
-        ).contiguous()  # pixels, pairs of weights, which of both, weight
+        # (N, H, W, pairs of weights, which of both, weight)
+        self.softmax = both.permute(0, 4, 5, 1, 3, 2).contiguous()
         tiles = self.how.tiles(self.pixels)
         norm_sums = self.mix.new_empty((tiles, 2, self.how.hidden))
         of_bias = self.mix.new_empty((tiles, self.how.weights))
         of_to_weight = self.mix.new_empty((tiles, self.how.hidden, self.how.weights))
         self.layers = layers
         self._launch("gradient_sums", self.pixels, 1, *self._given(), norm_sums, of_bias, of_to_weight)
-        return norm_sums.sum(0, dtype=torch.float64), of_bias.sum(0), of_to_weight.sum(0).t()
+        return norm_sums.sum(0, dtype=torch.float64), of_bias.sum(0), of_to_weight.sum(0).t().contiguous()
 
     def gradients(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """dL/d of centre, around, value and mix, after :meth:`gradient_sums`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common.attention.bat_video import temporal_transform
 from kernels import bat, differences, fbn, noah, pairwise, pairwise_simt, patchwise, reference, runtime, san
@@ -96,8 +97,19 @@ def tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tensor_cores_with_every_module(module: Module, training: bool) -> None:
     case = coarse(pairwise_case(module, Geometry(5, 7, 3), torch.bfloat16, training))
     check_pairwise(case, torch.bfloat16)
+
+
+@pytest.mark.parametrize("module", [SAN_STAGES[0], *ON_TENSOR_CORES], ids=str)
+def test_results_lie_as_a_compiler_is_told(module: Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "tensor_cores", lambda device: True)
+    case = pairwise_case(module, Geometry(5, 7, 3), torch.bfloat16)
     results, gradients = by_kernels(case)
-    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in (*results[:2], *gradients[:3]))
+    with FakeTensorMode() as mode:
+        *tensors, of_y = (mode.from_tensor(x) for x in (*case.tensors, case.of_y))
+        told = pairwise.pairwise_attention(*tensors, *case.statistics, *case.rest)
+        of_inputs = pairwise.pairwise_attention_gradients(of_y, *told, True, *tensors, *case.rest)
+    for x, fake in zip((*results, *gradients), (*told, *of_inputs), strict=True):
+        assert (x.shape, x.stride(), x.dtype) == (fake.shape, fake.stride(), fake.dtype)
 
 
 @pytest.mark.usefixtures("tensor_cores")
