@@ -13,6 +13,7 @@ import sys
 
 import timm
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import image.models  # noqa: F401
 import video.models  # noqa: F401
@@ -67,18 +68,28 @@ def replace() -> None:
         (fbn.square_sum, fbn.square_sum_by_kernel),
         (fbn.square_sum_gradient, fbn.square_sum_gradient_by_kernel),
     ):
-        operator.register_kernel("cpu")(counted(kernel))
+        operator.register_kernel("cpu")(counted(operator, kernel))
 
 
 CALLS: set[str] = set()
 
 
-def counted(kernel):  # type: ignore[no-untyped-def]
+def counted(operator, kernel):  # type: ignore[no-untyped-def]
     def call(*arguments):  # type: ignore[no-untyped-def]
         CALLS.add(f"{kernel.__module__}.{kernel.__name__}")
-        return kernel(*arguments)
+        results = kernel(*arguments)
+        with FakeTensorMode() as mode:
+            told = operator(*[mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in arguments])
+        for result, fake in zip(listed(results), listed(told), strict=True):  # a compiler relies on it
+            assert (result.shape, result.dtype) == (fake.shape, fake.dtype), operator
+            assert result.stride() == fake.stride(), f"{operator}: {result.stride()}, not {fake.stride()}"
+        return results
 
     return call
+
+
+def listed(results):  # type: ignore[no-untyped-def]
+    return [results] if isinstance(results, torch.Tensor) else list(results)
 
 
 def made(name: str) -> tuple[torch.nn.Module, torch.Tensor]:
