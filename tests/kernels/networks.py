@@ -82,10 +82,15 @@ def counted(operator, kernel):  # type: ignore[no-untyped-def]
             told = operator(*[mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in arguments])
         for result, fake in zip(listed(results), listed(told), strict=True):  # a compiler relies on it
             assert (result.shape, result.dtype) == (fake.shape, fake.dtype), operator
-            assert result.stride() == fake.stride(), f"{operator}: {result.stride()}, not {fake.stride()}"
+            assert steps(result) == steps(fake), f"{operator}: {steps(result)}, not {steps(fake)}"
         return results
 
     return call
+
+
+def steps(x: torch.Tensor) -> list[int]:
+    """The strides that say anything."""
+    return [stride for size, stride in zip(x.shape, x.stride()) if size > 1]
 
 
 def listed(results):  # type: ignore[no-untyped-def]
