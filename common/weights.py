@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from common.engine.checkpoint import newest
+from common.engine.checkpoint import holds, load, newest
 from common.errors import UserError, run_main
 
 StateDict = dict[str, Tensor]
@@ -165,9 +165,8 @@ def load_weights(model: nn.Module, path: str | Path, strict: bool = True) -> str
     if not folder.is_dir():
         report = load_published(model, path, strict=strict)
     else:
-        file = _weights_file(folder)
-        report = load_state(model, read_state_dict(file), strict=strict, where=str(file))
-        path = file
+        path = _weights_file(folder)
+        report = load_state(model, load(path.parent, path.name), strict=strict, where=str(path))
     return f"weights from {path}: " + (str(report) if report else "every key loaded")
 
 
@@ -184,9 +183,9 @@ def architecture(model: nn.Module) -> str:
 
 def _weights_file(folder: Path) -> Path:
     checkpoint = newest(folder / "checkpoints") if (folder / "checkpoints").is_dir() else folder
-    for name in ("ema.safetensors", "model.safetensors"):
-        if checkpoint and (checkpoint / name).is_file():
-            return checkpoint / name
+    for kind in ("ema", "model"):
+        if checkpoint and holds(checkpoint, kind):
+            return checkpoint / f"{kind}.safetensors"
     raise WeightsError(f"weights: {str(folder)!r} is neither a run's folder nor one of its checkpoints")
 
 

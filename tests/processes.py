@@ -99,6 +99,19 @@ def interrupt(
     return process.returncode
 
 
+def ranks_of(launcher: subprocess.Popen) -> list[int]:
+    """The processes that torchrun has started, by rank."""
+    found = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True, check=True)
+    return [int(word) for word in found.stdout.split()]
+
+
+def kill_all(launcher: subprocess.Popen) -> None:
+    """SIGKILL to torchrun and to all ranks, each of which has a process group of its own."""
+    for process in (launcher.pid, *ranks_of(launcher)):
+        os.kill(process, signal.SIGKILL)
+    launcher.communicate(timeout=120)
+
+
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
     """Wait until the training ``process`` has logged ``step``; fails the test if it ends before."""
     deadline = time.monotonic() + 240

@@ -1,7 +1,8 @@
 """Checkpoints that are whole or not there: written aside, synced, checksummed, renamed.
 
 A checkpoint is a folder ``step-000001234`` with ``model.safetensors``, ``optimizer.pt``, ``state.json``, with EMA also
-``ema.safetensors``, and ``manifest.json`` with the size and SHA-256 of each.
+``ema.safetensors``, and ``manifest.json`` with the size and SHA-256 of each. What the ranks have in parts they write in
+parts, rank 1 of 4 in ``model-2-of-4.safetensors`` and ``optimizer-2-of-4.safetensors``; see :mod:`common.engine.parts`.
 """
 
 from __future__ import annotations
@@ -9,20 +10,27 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import shutil
 import sys
+import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
+from common.engine.parts import Part, Stored, encode
+from common.engine.ranks import Ranks
 from common.errors import RunError
-from common.files import atomic_folder
+from common.files import atomic_folder, sha256, sync_all
+
+_ALONE = Ranks()
+_UNSEEN_SECONDS = 60  # longer than network file systems keep what they knew of a folder
 
 
 @dataclass
@@ -50,49 +58,64 @@ class CheckpointError(RunError):
     """A checkpoint that cannot be written or read; the message is one line for the user."""
 
 
-def save(folder: Path, step: int, content: Mapping[str, Any]) -> Path:
-    """Write the checkpoint of ``step`` into ``folder``.
+def save(folder: Path, step: int, content: Mapping[str, Any], ranks: Ranks = _ALONE) -> Path:
+    """Write the checkpoint of ``step`` into ``folder``. All ranks call this, each with the files that it writes.
 
     Args:
-        content: file name → state dict (``.safetensors``), plain data (``.json``), or nested dicts of tensors
-            and numbers (``.pt``).
+        folder: of a file system that all ranks share.
+        content: file name → state dict, or parts of one (``.safetensors``), plain data (``.json``), or nested dicts
+            of tensors and numbers (``.pt``).
 
     Raises:
-        CheckpointError: it cannot be written, for example because the disk is full; what was there stays.
+        CheckpointError: on all ranks, if one cannot write, for example because the disk is full; what was there
+            stays.
     """
     final = folder / f"step-{step:09d}"
     try:
-        with atomic_folder(final, replace=True) as aside:
-            encoded = {name: _encode(name, value) for name, value in content.items()}
-            encoded["manifest.json"] = _encode("manifest.json", {n: _digest(d) for n, d in encoded.items()})
-            for name, data in encoded.items():
-                (aside / name).write_bytes(data)
+        with ExitStack() as stack:
+            name = ranks.first(lambda: stack.enter_context(atomic_folder(final, replace=True)).name)
+            aside = folder / name
+            written = ranks.each(lambda: _write(aside, content))
+
+            def finish() -> None:
+                manifest = {name: entry for entries in written for name, entry in entries.items()}
+                (aside / "manifest.json").write_bytes(_encode("manifest.json", manifest))
+                stack.close()
+
+            ranks.first(finish)
     except OSError as error:
-        last = newest(folder)
+        last = ranks.gather(newest(folder) if ranks.rank == 0 else None)[0]
         kept = f"{last} is intact" if last else "there is no earlier checkpoint"
         raise CheckpointError(
             f"checkpoint of step {step} not written to {folder}: {error.strerror}; {kept}"
-        ) from None
+        ) from error.__cause__
     return final
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest undamaged checkpoint in ``folder``; damaged ones are named in a warning."""
-    for path in sorted(folder.glob("step-*"), reverse=True):
-        problem = damage(path)
+def newest(folder: Path, ranks: Ranks = _ALONE) -> Path | None:
+    """The newest undamaged checkpoint in ``folder``; damaged ones are named in a warning. All ``ranks`` call this."""
+    for name in ranks.gather(sorted((path.name for path in folder.glob("step-*")), reverse=True))[0]:
+        path = folder / name
+        problem = next(filter(None, ranks.gather(damage(path, ranks))), None)
         if problem is None:
             return path
-        print(f"warning: checkpoint {path} is damaged ({problem}); trying the one before it", file=sys.stderr)
+        if ranks.rank == 0:
+            print(
+                f"warning: checkpoint {path} is damaged ({problem}); trying the one before it",
+                file=sys.stderr,
+            )
     return None
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with the checkpoint, or None."""
+def damage(path: Path, ranks: Ranks = _ALONE) -> str | None:
+    """What is wrong with the checkpoint, or None; of several ``ranks`` each looks at some of the files."""
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
-        for name, expected in manifest.items():
-            found = _digest((path / name).read_bytes())
-            if found != expected:
+        for name in sorted(manifest)[ranks.rank :: ranks.world]:
+            if not (path / name).is_file():
+                return f"{name} is missing"
+            found = _digest(path / name)
+            if found != manifest[name]:
                 return f"{name} has {found['bytes']} bytes, SHA-256 {found['sha256'][:12]}…, not as written"
     except (OSError, ValueError) as error:
         return str(error)
@@ -100,21 +123,56 @@ def damage(path: Path) -> str | None:
 
 
 def load(path: Path, name: str) -> Any:
-    """One file of a checkpoint: state dicts and plain data only, never code.
+    """One file of a checkpoint, put together if it is in parts: state dicts and plain data only, never code.
 
     Raises:
         CheckpointError: the file is missing or carries more than data.
     """
     try:
-        data = (path / name).read_bytes()
         if name.endswith(".safetensors"):
-            return load_safetensors(data)
+            stored = tensors(path, name.removesuffix(".safetensors"))
+            return {key: stored.whole(key) for key in stored}
         if name.endswith(".json"):
-            return json.loads(data)
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            return json.loads((path / name).read_bytes())
+        return _load_pt(path / name)
+    except CheckpointError:
+        raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path / name}: refused or unreadable ({reason[:150]})") from None
+        raise _refusal(path / name, error) from None
+
+
+def tensors(path: Path, kind: str) -> Stored:
+    """The tensors of ``model``, ``ema`` or ``optimizer``, however a checkpoint keeps them.
+
+    The optimizer's are ``PARAMETER.KEY``, such as ``head.weight.momentum_buffer``.
+
+    Raises:
+        CheckpointError: files are missing, or carry more than data.
+    """
+    stored = Stored()
+    for file in _files(path, kind):
+        try:
+            if file.suffix == ".pt":
+                for name, entry in _load_pt(file).items():
+                    for key, value in entry.items():
+                        stored.add(f"{name}.{key}", Part(value, tuple(value.shape), 0))
+            else:
+                stored.add_file(file)
+        except Exception as error:
+            raise _refusal(file, error) from None
+    return stored
+
+
+def holds(path: Path, kind: str) -> bool:
+    """Whether the checkpoint has ``model``, ``ema`` or ``optimizer``, whole or in parts."""
+    return any((path / f"{kind}.{suffix}").is_file() for suffix in ("safetensors", "pt")) or any(
+        path.glob(f"{kind}-*-of-*.safetensors")
+    )
+
+
+def part_name(kind: str, rank: int, world: int) -> str:
+    """The file of a rank's parts."""
+    return f"{kind}-{rank + 1}-of-{world}.safetensors"
 
 
 def prune(folder: Path, keep: int, best_step: int | None) -> None:
@@ -131,14 +189,32 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
+def _write(folder: Path, content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Write files, synced; their entries in the manifest."""
+    deadline = time.monotonic() + _UNSEEN_SECONDS
+    while not folder.is_dir():  # which rank 0 has made
+        if time.monotonic() > deadline:
+            raise OSError(0, f"{folder} is not seen here: a run's folder must lie where all nodes see it")
+        time.sleep(0.1)
+    entries = {}
+    for name, value in content.items():
+        data = _encode(name, value)
+        (folder / name).write_bytes(data)
+        entries[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    sync_all(folder / name for name in content)
+    return entries
+
+
 def _encode(name: str, value: Any) -> bytes:
-    if name.endswith(".safetensors"):
-        return save_safetensors({key: _own(tensor) for key, tensor in value.items()})
     if name.endswith(".json"):
         return json.dumps(value).encode()
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    return buffer.getvalue()
+    if name.endswith(".pt"):
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        return buffer.getvalue()
+    if any(isinstance(tensor, Part) for tensor in value.values()):
+        return encode(value)
+    return save_safetensors({key: _own(tensor) for key, tensor in value.items()})
 
 
 def _own(tensor: Tensor) -> Tensor:
@@ -146,5 +222,28 @@ def _own(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous().clone()
 
 
-def _digest(data: bytes) -> dict[str, Any]:
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+def _digest(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def _load_pt(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _files(path: Path, kind: str) -> list[Path]:
+    """The files that hold ``kind``: a whole one, or all parts."""
+    for suffix in ("safetensors", "pt"):
+        if (path / f"{kind}.{suffix}").is_file():
+            return [path / f"{kind}.{suffix}"]
+    found = re.search(r"-of-(\d+)", " ".join(file.name for file in path.glob(f"{kind}-*-of-*.safetensors")))
+    world = int(found[1]) if found else 0
+    files = [path / part_name(kind, rank, world) for rank in range(world)]
+    for file in files or [path / f"{kind}.safetensors"]:
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing")
+    return files
+
+
+def _refusal(path: Path, error: Exception) -> CheckpointError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return CheckpointError(f"{path}: refused or unreadable ({reason[:150]})")

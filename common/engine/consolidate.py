@@ -4,8 +4,8 @@
     python -m common.engine.consolidate RUN/checkpoints/STEP weights.safetensors one of its checkpoints
     python -m common.engine.consolidate RUN plain.safetensors --plain            not the averaged weights (EMA)
 
-Checkpoints are whole however the run was divided over processes, so this takes no GPU and no second process, and need
-not build the network. `--weights`, `image/eval.py` and timm's `checkpoint_path` load what it writes.
+A checkpoint in parts (FSDP, ZeRO) is put together here, with no GPU, no second process, and without building the
+network. `--weights`, `image/eval.py` and timm's `checkpoint_path` load what it writes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 from safetensors.torch import save
 
-from common.engine.checkpoint import damage, load, newest, step_of
+from common.engine.checkpoint import damage, holds, load, newest, step_of
 from common.engine.run import run_of
 from common.errors import ConfigError, UserError, run_main
 from common.files import atomic_write
@@ -43,7 +43,7 @@ def consolidate(source: Path, out: Path, plain: bool = False) -> str:
     run, checkpoint = _find(source)
     if out.suffix != ".safetensors" or not out.parent.is_dir():
         raise ConfigError(f"{str(out)!r}: expected a name that ends in .safetensors, in a folder that exists")
-    averaged = not plain and (checkpoint / "ema.safetensors").is_file()
+    averaged = not plain and holds(checkpoint, "ema")
     state = load(checkpoint, "ema.safetensors" if averaged else "model.safetensors")
     model = str(yaml.safe_load((run / "config.yaml").read_text())["model"]["name"])
     about = {"format": "pt", "model": model, "run": run.name, "step": str(step_of(checkpoint))}

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from common.config import nearest
-from common.engine.parallel import part, whole
+from common.engine.parallel import own
+from common.engine.parts import Part, Stored
 from common.errors import ConfigError
 
 # timm's "sgd" is Nesterov's; the field's SGD is its "momentum".
@@ -106,34 +109,49 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
-def named_state(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Any]]:
-    """The optimizer's state by parameter name, whole: it outlives another grouping and division of the parameters.
+def named_state(model: nn.Module, optimizer: Optimizer) -> dict[str, dict[str, Tensor | Part]]:
+    """The optimizer's state by parameter name: it outlives another grouping of the parameters.
 
-    All ranks call this.
+    Of what is divided each rank has its part.
     """
     names = _names_in_order(model, optimizer)
-    found = optimizer.state_dict()["state"]
     return {
-        names[index]: {
-            key: whole(value) if isinstance(value, Tensor) else value for key, value in entry.items()
-        }
-        for index, entry in found.items()
+        names[index]: {key: own(value) for key, value in entry.items()}
+        for index, entry in optimizer.state_dict()["state"].items()
     }
 
 
-def load_named_state(model: nn.Module, optimizer: Optimizer, state: dict[str, dict[str, Any]]) -> None:
-    """Load what :func:`named_state` gave; the groups' settings stay as they are. All ranks call this."""
-    names, parameters = _names_in_order(model, optimizer), dict(model.named_parameters())
+def load_named_state(model: nn.Module, optimizer: Optimizer, stored: Stored) -> None:
+    """Load the state of a checkpoint, from any mode; the groups' settings stay as they are."""
+    names, parameters, keys = (
+        _names_in_order(model, optimizer),
+        dict(model.named_parameters()),
+        state_keys(stored),
+    )
     plain = optimizer.state_dict()
     plain["state"] = {
-        index: {
-            key: part(value, parameters[name]) if isinstance(value, Tensor) else value
-            for key, value in state[name].items()
-        }
+        index: {key: _like(parameters[name], stored, f"{name}.{key}") for key in keys[name]}
         for index, name in enumerate(names)
-        if name in state
+        if name in keys
     }
     optimizer.load_state_dict(plain)
+
+
+def state_keys(stored: Stored) -> dict[str, list[str]]:
+    """What a checkpoint's optimizer state has of each parameter."""
+    keys = defaultdict(list)
+    for name in stored:
+        parameter, key = name.rsplit(".", 1)
+        keys[parameter].append(sys.intern(key))  # pickle writes equal strings apart, and then files differ
+    return keys
+
+
+def _like(parameter: Tensor, stored: Stored, name: str) -> Tensor:
+    if not stored.shape(name) or not isinstance(own(parameter), Part):
+        return stored.whole(name)
+    value = torch.empty_like(parameter, requires_grad=False)
+    stored.fill(name, own(value))
+    return value
 
 
 def _names_in_order(model: nn.Module, optimizer: Optimizer) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -12,9 +13,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, convert_outputs_to_fp32
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from common.engine.parts import Part, Stored
 from common.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -148,27 +150,32 @@ def blocks(model: nn.Module) -> Iterator[nn.Module]:
             yield from blocks(child)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, or all ranks' parts of it put together on the CPU. All ranks call this."""
-    return tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
-
-
-def whole_state(module: nn.Module) -> dict[str, Tensor]:
-    """The module's state dict, whole. All ranks call this."""
-    return {name: whole(tensor) for name, tensor in module.state_dict().items()}
-
-
-def own_state(module: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A whole state dict, divided as the module is."""
-    own = module.state_dict()
-    return {name: part(tensor, own[name]) if name in own else tensor for name, tensor in state.items()}
-
-
-def part(tensor: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a whole tensor that every rank has, divided as ``like`` is."""
-    if not isinstance(like, DTensor) or tensor.dim() == 0:
+def own(tensor: Tensor) -> Tensor | Part:
+    """The tensor itself, or of one that FSDP divides this rank's rows; both share its memory."""
+    if not isinstance(tensor, DTensor):
         return tensor
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    rows = -(-tensor.shape[0] // tensor.device_mesh.size())
+    first = min(rows * tensor.device_mesh.get_local_rank(), tensor.shape[0])
+    return Part(tensor.to_local(), tuple(tensor.shape), first * math.prod(tensor.shape[1:]))
+
+
+def own_state(module: nn.Module) -> dict[str, Tensor | Part]:
+    """The module's state dict, of which each rank has :func:`own`; it shares the module's memory."""
+    return {name: own(tensor) for name, tensor in module.state_dict().items()}
+
+
+def load_own_state(module: nn.Module, stored: Stored) -> None:
+    """Load a checkpoint's weights, of any mode."""
+    for name, tensor in own_state(module).items():
+        stored.fill(name, tensor)
+
+
+def everywhere(flag: Tensor) -> bool:
+    """Whether all ranks' ``flag`` is true. All ranks call this."""
+    if dist.is_initialized():
+        flag = flag.int()
+        dist.all_reduce(flag, dist.ReduceOp.MIN)
+    return bool(flag)
 
 
 def share_buffers(model: nn.Module) -> None:

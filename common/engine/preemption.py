@@ -21,6 +21,7 @@ class Request(IntEnum):
     NOTHING = 0
     SAVE = 1
     STOP = 2
+    FAIL = 3  # a checkpoint was not written, of which each rank hears at another step
 
 
 class Stopped(Exception):

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from common.config import flatten, to_dict
 from common.engine import checkpoint, parallel, zero
 from common.engine.optim import load_named_state, named_state
+from common.engine.parts import Part
 from common.errors import UserError
-from common.weights import load_state
 
 if TYPE_CHECKING:
     from common.engine.trainer import Trainer
@@ -79,41 +79,36 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def capture(trainer: Trainer) -> dict[str, Any]:
-    """The content of a checkpoint, the same however the run is divided. All ranks call this.
-
-    See :func:`common.engine.checkpoint.save`.
+    """What this rank writes of a checkpoint; see :func:`common.engine.checkpoint.save`. All ranks call this.
 
     Raises:
         UserError: a weight is not finite; such a state is not worth keeping.
     """
     model, scaler = trainer.plain_model, trainer.accelerator.scaler
-    divided = trainer.config.parallel.startswith("zero")
-    weights = zero.weights(model) if divided else parallel.whole_state(model)
-    finite = torch.stack([tensor.isfinite().all() for tensor in weights.values()]).all()
-    if not finite:
+    if trainer.config.parallel.startswith("zero"):
+        weights = zero.weights(model)
+        optimizer = zero.named_state(model, trainer.prepared_optimizer.optimizer)
+    else:
+        weights, optimizer = parallel.own_state(model), named_state(model, trainer.optimizer)
+    values = [value.data if isinstance(value, Part) else value for value in weights.values()]
+    if not parallel.everywhere(torch.stack([value.isfinite().all() for value in values]).all()):
         raise trainer.divergence("a weight is not finite")
-    content: dict[str, Any] = {
-        "model.safetensors": weights,
-        "optimizer.pt": (
-            zero.named_state(model, trainer.prepared_optimizer.optimizer)
-            if divided
-            else named_state(model, trainer.optimizer)
-        ),
-        "state.json": {
+    content = _files("model", weights, trainer) | _files("optimizer", optimizer, trainer)
+    if trainer.ema:
+        content |= _files("ema", parallel.own_state(trainer.ema.module), trainer)
+    if trainer.ranks.rank == 0:
+        content["state.json"] = {
             "progress": asdict(trainer.progress),
             "identity": trainer.identity,
             "meter": trainer.meter.sums.tolist(),
             "evaluation": trainer.evaluation,
             "scaler": scaler.state_dict() if scaler else None,
-        },
-    }
-    if trainer.ema:
-        content["ema.safetensors"] = parallel.whole_state(trainer.ema.module)
+        }
     return content
 
 
 def restore(trainer: Trainer, path: Path) -> None:
-    """Continue from the checkpoint at ``path``.
+    """Continue from the checkpoint at ``path``, of any mode. All ranks call this.
 
     Raises:
         UserError: model, data or settings changed since; all that differs is listed.
@@ -126,15 +121,15 @@ def restore(trainer: Trainer, path: Path) -> None:
             f"(then → now). Undo the change, or start anew from its weights: --weights {path} --out ANOTHER_FOLDER"
         )
     model = trainer.plain_model
-    optimizer = checkpoint.load(path, "optimizer.pt")
+    weights, optimizer = checkpoint.tensors(path, "model"), checkpoint.tensors(path, "optimizer")
     if trainer.config.parallel.startswith("zero"):
-        zero.load_weights(model, checkpoint.load(path, "model.safetensors"))
+        zero.load_weights(model, trainer.prepared_optimizer.optimizer, weights)
         zero.load_named_state(model, trainer.prepared_optimizer.optimizer, optimizer)
     else:
-        _load(model, path, "model.safetensors")
+        parallel.load_own_state(model, weights)
         load_named_state(model, trainer.optimizer, optimizer)
     if trainer.ema:
-        _load(trainer.ema.module, path, "ema.safetensors")
+        parallel.load_own_state(trainer.ema.module, checkpoint.tensors(path, "ema"))
     if trainer.accelerator.scaler and state["scaler"]:
         trainer.accelerator.scaler.load_state_dict(state["scaler"])
     trainer.progress = Progress(**state["progress"])
@@ -142,5 +137,17 @@ def restore(trainer: Trainer, path: Path) -> None:
     trainer.meter.sums.copy_(torch.tensor(state["meter"], dtype=torch.float64))
 
 
-def _load(module: nn.Module, path: Path, name: str) -> None:
-    load_state(module, parallel.own_state(module, checkpoint.load(path, name)), where=str(path))
+def _files(kind: str, state: dict[str, Any], trainer: Trainer) -> dict[str, Any]:
+    """What this rank writes of ``state``: its parts, where it is in parts; else all of it, if it is rank 0."""
+    ranks = trainer.ranks
+    flat: dict[str, Tensor | Part] = {}
+    for name, value in state.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": item for key, item in value.items()}
+        else:
+            flat[name] = value
+    if any(isinstance(value, Part) for value in flat.values()):
+        own = {name: value for name, value in flat.items() if isinstance(value, Part) or ranks.rank == 0}
+        return {checkpoint.part_name(kind, ranks.rank, ranks.world): own}
+    whole = f"{kind}.pt" if kind == "optimizer" else f"{kind}.safetensors"
+    return {whole: state} if ranks.rank == 0 else {}

@@ -16,7 +16,7 @@ from torch import nn
 
 from common.data.loader import Batch
 from common.data.mixup import mix
-from common.data.quarantine import Quarantine
+from common.data.quarantine import Quarantine, describe
 from common.engine import checkpoint, parallel, state
 from common.engine.clock import Clock
 from common.engine.config import EngineConfig, TrainConfig
@@ -27,6 +27,7 @@ from common.engine.metrics import TrainMeter
 from common.engine.optim import build_optimizer, set_lr
 from common.engine.preemption import Request, Requests, Stopped
 from common.engine.profile import Profiler
+from common.engine.ranks import all_ranks
 from common.engine.run import Run, write_json
 from common.engine.schedule import factor
 from common.engine.setup import seed_step
@@ -81,7 +82,8 @@ class Trainer:
         self.steps = total_steps(config.train, data.samples)
         self.identity = state.identity(config, model, data.fingerprint)
         self.run = Run(config.out)
-        self.writer = Writer(self.run.checkpoints, config.checkpoint)
+        self.ranks = all_ranks(config.train.timeout_minutes)
+        self.writer = Writer(self.run.checkpoints, config.checkpoint, self.ranks)
         self.progress = state.Progress()
         self.evaluation: dict[str, float] | None = None
         self.meter = TrainMeter(accelerator.device)
@@ -105,6 +107,8 @@ class Trainer:
             self.begin()
             try:
                 self.train()
+                if unreadable := describe(self.quarantine.path):
+                    self.say(unreadable)
             except RuntimeError as error:
                 raise self._lost_others(error) from error
             finally:
@@ -201,11 +205,14 @@ class Trainer:
 
     def save_or_stop_if_asked(self) -> None:
         """Save when it is time to; on a stop that the ranks agreed on, save and leave. All ranks call this."""
-        self.writer.check()
+        if self.writer.failed:
+            self.requests.ask(Request.FAIL)
         every, minutes = self.config.checkpoint.every_steps, self.config.checkpoint.every_minutes
         if self.accelerator.is_main_process and minutes and time.monotonic() > self.saved_at + 60 * minutes:
             self.requests.ask(Request.SAVE)  # clocks differ between ranks: the main process's counts
         asked = self._poll()
+        if asked is Request.FAIL:
+            self.writer.wait()
         if asked or (every and self.progress.step % every == 0):
             self.save()
         if asked is Request.STOP:
@@ -221,9 +228,7 @@ class Trainer:
         if moment == self.saved:
             return
         self.saved, self.saved_at = moment, time.monotonic()
-        content = state.capture(self)
-        if self.accelerator.is_main_process:
-            self.writer.save(self.progress.step, content, self.progress.best_step)
+        self.writer.save(self.progress.step, state.capture(self), self.progress.best_step)
 
     @property
     def epoch(self) -> float:
@@ -260,7 +265,7 @@ class Trainer:
 
     def _prepare(self, model: nn.Module) -> None:
         train, accelerator = self.config.train, self.accelerator
-        self.checkpoint = checkpoint.newest(self.run.checkpoints)
+        self.checkpoint = checkpoint.newest(self.run.checkpoints, self.ranks)
         if self.config.weights and not self.checkpoint:
             self.say(load_weights(model, self.config.weights, self.config.weights_strict))
         if train.channels_last:

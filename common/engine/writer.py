@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,19 @@ from torch import Tensor
 
 from common.engine import checkpoint
 from common.engine.checkpoint import CheckpointConfig
+from common.engine.parts import Part
+from common.engine.ranks import Ranks
 
 
 class Writer:
     """Writes a run's checkpoints, one at a time, and removes old ones.
 
-    In the background it writes a copy in the host's memory. What goes wrong there is raised by the next call of any
-    method but :meth:`close`.
+    In the background it writes a copy in the host's memory. What goes wrong there is raised by the next :meth:`save` or
+    :meth:`wait`. All ranks have a writer and call both.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig) -> None:
-        self._folder, self._keep = folder, config.keep
+    def __init__(self, folder: Path, config: CheckpointConfig, ranks: Ranks | None = None) -> None:
+        self._folder, self._keep, self._ranks = folder, config.keep, ranks or Ranks()
         self._thread = ThreadPoolExecutor(1, "checkpoint") if config.asynchronous else None
         self._pending: Future[None] | None = None
 
@@ -33,17 +36,18 @@ class Writer:
         else:
             self._pending = self._thread.submit(self._write, step, _on_host(content), best_step)
 
-    def check(self) -> None:
-        """Raise what a write that has ended came to, without waiting for one.
-
-        Raises:
-            CheckpointError: it failed.
-        """
-        if self._pending is not None and self._pending.done():
-            self.wait()
+    @property
+    def failed(self) -> bool:
+        """Whether a write has ended, and failed. Ranks see it at different moments."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
     def wait(self) -> None:
-        """Wait until everything is written; raises as :meth:`check`."""
+        """Wait until everything is written.
+
+        Raises:
+            CheckpointError: on all ranks, if the write failed on one.
+            RuntimeError: a rank has died, or hangs.
+        """
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -54,11 +58,14 @@ class Writer:
             self._thread.shutdown()
 
     def _write(self, step: int, content: Mapping[str, Any], best_step: int | None) -> None:
-        checkpoint.save(self._folder, step, content)
-        checkpoint.prune(self._folder, self._keep, best_step)
+        checkpoint.save(self._folder, step, content, self._ranks)
+        if self._ranks.rank == 0:
+            checkpoint.prune(self._folder, self._keep, best_step)
 
 
 def _on_host(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _on_host(item) for key, item in value.items()}
+    if isinstance(value, Part):
+        return replace(value, data=_on_host(value.data))
     return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value

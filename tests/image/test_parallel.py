@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -9,14 +10,16 @@ import sys
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
+from common.engine import checkpoint
 from tests.processes import (
     ROOT,
     VIT,
     command,
     error_line,
+    kill_all,
     metrics,
+    ranks_of,
     run,
     settings,
     start,
@@ -117,9 +120,10 @@ def test_what_the_launcher_was_told_and_does_not_become_is_an_error(digits, tmp_
     "first, then, processes",
     [
         ("fsdp", "ddp", 1),
+        ("fsdp", "fsdp", 4),
         ("ddp", "fsdp", 4),
         ("fsdp", "zero1", 2),
-        ("zero1", "zero3", 2),
+        ("zero1", "zero3", 4),
         ("zero3", "zero2", 4),
         ("zero2", "ddp", 1),
     ],
@@ -128,31 +132,98 @@ def test_a_run_goes_on_in_another_mode(alone, digits, tmp_path, first, then, pro
     folder = tmp_path / "run"
     process = start("image/train.py", processes=2, **settings(folder, digits, parallel=first, **NORM_FREE))
     wait_for_step(folder, 9, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate(timeout=120)
+    kill_all(process)
     mode = "auto" if then == "ddp" else then
     done = train(folder, digits, processes=processes, parallel=mode, **NORM_FREE)
-    assert "continuing" in done.stdout
+    assert 8 <= continued_at(done) < 20
     assert_same_losses(folder, alone)
 
 
-@pytest.mark.parametrize("mode", ["fsdp", "zero2", "zero3"])
+FSDP = {"parallel": "fsdp", "train__ema": 0.9}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(digits, tmp_path_factory):
+    """With batch norm, momentum and EMA."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    train(folder, digits, processes=2, **FSDP)
+    return folder
+
+
+def assert_same_run(folder, reference, kinds=("model", "optimizer", "ema")):
+    for split in ("train", "val"):
+        assert metrics(folder, split) == metrics(reference, split)
+    for kind in kinds:
+        ours, theirs = (checkpoint.tensors(newest(f), kind) for f in (folder, reference))
+        assert set(ours) == set(theirs)
+        assert all(torch.equal(ours.whole(name), theirs.whole(name)) for name in theirs)
+
+
+def continued_at(done):
+    return int(re.search(r"continuing \S+ at step (\d+)", done.stdout)[1])
+
+
+def newest(folder):
+    return checkpoint.newest(folder / "checkpoints")
+
+
+@pytest.mark.parametrize("mode", ["zero2", "zero3"])
 def test_killed_and_resumed_is_bit_equal(digits, tmp_path, mode):
-    """With batch norm and momentum, in fsdp also with EMA."""
+    """With batch norm and momentum."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    options = {"parallel": mode, "train__ema": 0.9 if mode == "fsdp" else 0}
+    options = {"parallel": mode, "train__ema": 0}
     train(whole, digits, processes=2, **options)
     process = start("image/train.py", processes=2, **settings(killed, digits, **options))
     wait_for_step(killed, 10, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate(timeout=120)
-    train(killed, digits, processes=2, **options)
-    for split in ("train", "val"):
-        assert metrics(killed, split) == metrics(whole, split)
-    ours, theirs = (
-        load_file(sorted(f.glob("checkpoints/step-*/model.safetensors"))[-1]) for f in (killed, whole)
+    kill_all(process)
+    assert 8 <= continued_at(train(killed, digits, processes=2, **options)) < 30
+    assert_same_run(killed, whole, ("model", "optimizer"))
+
+
+def test_a_rank_killed_while_all_write_in_the_background_ends_all_and_resume_is_exact(
+    undisturbed, digits, tmp_path
+):
+    folder = tmp_path / "killed"
+    options = FSDP | {
+        "checkpoint__asynchronous": True,
+        "checkpoint__every_steps": 1,
+        "train__timeout_minutes": 1,
+    }
+    process = start("image/train.py", processes=2, **settings(folder, digits, **options))
+    wait_for_step(folder, 9, process)
+    killed = ranks_of(process)[1]
+    while not list((folder / "checkpoints").glob(".step-*.partial")):
+        assert process.poll() is None, process.communicate()[1][-3000:]
+    os.kill(killed, signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "SIGKILL" in err
+    done = train(folder, digits, processes=2, **options)
+    assert "is damaged" not in done.stderr
+    assert 8 <= continued_at(done) < 30
+    assert not list((folder / "checkpoints").glob(".step-*"))
+    assert_same_run(folder, undisturbed)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_disk_full_for_one_rank_ends_all_with_the_same_line(digits, tmp_path, asynchronous):
+    folder = tmp_path / "run"
+    options = settings(folder, digits, checkpoint__asynchronous=asynchronous, **FSDP)
+    process = start("image/train.py", processes=2, **options)
+    wait_for_step(folder, 6, process)
+    resource.prlimit(ranks_of(process)[1], resource.RLIMIT_FSIZE, (1000, 1000))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    lines = [line for line in err.splitlines() if line.startswith("error")]
+    assert lines, err
+    (line,) = {line.split(": ", 1)[1] for line in lines}
+    found = re.fullmatch(
+        r"checkpoint of step (\d+) not written to \S+: (.*) \(rank 1\); (.*) is intact", line
     )
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert found[2] == "File too large"
+    assert found[3] == str(newest(folder))
+    assert checkpoint.step_of(newest(folder)) == int(found[1]) - 4
+    assert not list((folder / "checkpoints").glob(".step-*"))
 
 
 def test_a_rank_that_hangs_is_waited_for_no_longer_than_the_limit(digits, tmp_path):
@@ -160,8 +231,7 @@ def test_a_rank_that_hangs_is_waited_for_no_longer_than_the_limit(digits, tmp_pa
     options = settings(folder, digits, train__timeout_minutes=1)
     process = start("image/train.py", processes=2, **options)
     wait_for_step(folder, 9, process)
-    ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-    os.kill(int(ranks.stdout.split()[1]), signal.SIGSTOP)
+    os.kill(ranks_of(process)[1], signal.SIGSTOP)
     _, err = process.communicate(timeout=240)
     assert process.returncode != 0
     found = re.search(

@@ -1,11 +1,10 @@
 """Parameter groups, timm's optimizers, and an optimizer's state by name."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
 
+from common.engine import checkpoint
 from common.engine.optim import (
     OptimConfig,
     build_optimizer,
@@ -85,7 +84,7 @@ def test_set_lr_respects_the_groups():
 
 
 @pytest.mark.parametrize("name", ["sgd", "nag", "adamw"])
-def test_named_state_continues_bit_exactly_under_another_grouping(name):
+def test_named_state_continues_bit_exactly_under_another_grouping(name, tmp_path):
     def step(net, optimizer, seed):
         x = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
         net(x).square().sum().backward()
@@ -104,7 +103,8 @@ def test_named_state_continues_bit_exactly_under_another_grouping(name):
         other, OptimConfig(name=name, weight_decay=0, lr_scale={"^conv": 2.0}, bias_lr=3.0)
     )
     assert len(regrouped.param_groups) > len(optimizer.param_groups)
-    load_named_state(other, regrouped, copy.deepcopy(named_state(net, optimizer)))
+    path = checkpoint.save(tmp_path, 3, {"optimizer.pt": named_state(net, optimizer)})
+    load_named_state(other, regrouped, checkpoint.tensors(path, "optimizer"))
     for seed in range(3, 6):
         step(net, optimizer, seed)
         step(other, regrouped, seed)
