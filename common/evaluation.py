@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from accelerate import Accelerator
+
 from common.config import Positional, parse
+from common.data.quarantine import Quarantine
 from common.engine.run import run_of, write_json
 from common.errors import ConfigError
 from common.report.pictures import draw_confusion
@@ -61,6 +65,16 @@ def class_names(run: Path | None) -> list[str]:
     if evaluation is None or not evaluation.is_file():
         return []
     return list(json.loads(evaluation.read_text())["classes"])
+
+
+def new_quarantine(folder: Path, accelerator: Accelerator) -> Quarantine:
+    """An empty list of what an evaluation cannot read, in ``folder``, which is made. All ranks call this."""
+    path = folder / "eval_quarantine.jsonl"
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    return Quarantine(path, math.inf)
 
 
 def show(result: dict[str, Any], classes: Sequence[str]) -> None:

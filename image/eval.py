@@ -14,10 +14,11 @@ import sys
 from pathlib import Path
 
 import image.models  # noqa: F401  (registers the models)
+from common.data.quarantine import describe
 from common.engine.evaluate import evaluate
 from common.engine.setup import start_accelerator
 from common.errors import run_main
-from common.evaluation import parse_checkpoint, show, write
+from common.evaluation import new_quarantine, parse_checkpoint, show, write
 from common.models.build import build_model
 from common.weights import load_weights
 from image.train import Config, open_data
@@ -28,20 +29,24 @@ def main() -> int:
     config, checkpoint, run = parse_checkpoint(Config, sys.argv[1:], __doc__)
     accelerator = start_accelerator(config, training=False)
     data = open_data(config, accelerator)
-    model = build_model(config.model, len(data.classes))
+    model, folder = build_model(config.model, len(data.classes)), run or Path(config.out)
     loaded = load_weights(model, checkpoint, strict=config.weights_strict)
+    unreadable = new_quarantine(folder, accelerator)
     result = evaluate(
         model.to(accelerator.device),
         data.val(),
         len(data.classes),
         accelerator.device,
         autocast=accelerator.autocast,
+        on_unreadable=lambda samples: unreadable.add(samples, training=False),
     )
     assert result is not None
     if accelerator.is_main_process:
         print(loaded)
         show(result, data.classes)
-        write(result | {"classes": data.classes, "checkpoint": checkpoint}, run or Path(config.out))
+        if result["unreadable"]:
+            print(f"{describe(unreadable.path)}; they count as wrong")
+        write(result | {"classes": data.classes, "checkpoint": checkpoint}, folder)
     accelerator.end_training()
     return 0
 

@@ -16,6 +16,7 @@ from common.data.digits import SPLITS, prepare_digits
 from common.data.prepare import convert, imagenet, verify
 from common.data.prepare.progress import progress_bar
 from common.data.prepare.settings import DEFAULT_QUALITY, Settings
+from common.data.quarantine import describe, in_files
 from common.data.source import FORMS, DataError, Sample, Source, local_path, open_source
 from common.errors import ConfigError, RunError, UserError, run_main
 
@@ -75,6 +76,7 @@ def check(args: argparse.Namespace) -> int:
             f"{split}: {report.decoded:,} of {report.samples:,} images of {report.classes:,} classes decoded "
             f"({report.smallest_class:,} to {report.largest_class:,} a class, {report.bytes / 2**20:,.0f} MiB); "
             f"checksums {report.checksums}; problems: {len(report.problems):,}"
+            + (f" ({in_files(report.problems_per_shard)})" if report.problems else "")
         )
     if problems:
         first = "{where}: {reason}: {detail}".format(**problems[0])
@@ -96,9 +98,7 @@ def _convert(sources: Mapping[str, Source], args: argparse.Namespace) -> int:
     print(f"{args.out}: {counts} images as {settings.format}, {done}")
     quarantine = Path(args.out, "quarantine.jsonl")
     if quarantine.exists():
-        print(
-            f"left out, as they could not be used: {len(quarantine.read_bytes().splitlines()):,}, see {quarantine}"
-        )
+        print(f"left out: {describe(quarantine)}")
     return 0
 
 

@@ -11,7 +11,6 @@ of the worst videos. With a run, all settings are those of the run, and options 
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from accelerate import Accelerator
 
 import video.models  # noqa: F401  (registers the models)
 from common.data.loader import evaluation_loader
-from common.data.quarantine import Quarantine
+from common.data.quarantine import describe
 from common.data.video.clips import ClipNormalize, Videos, open_videos
 from common.data.video.crops import OffsetRule
 from common.data.video.views import VIEWS, ViewAverage, ViewSet
@@ -32,7 +31,7 @@ from common.engine.evaluate import evaluate
 from common.engine.setup import start_accelerator
 from common.engine.worst import Worst
 from common.errors import run_main
-from common.evaluation import parse_checkpoint, show, write
+from common.evaluation import new_quarantine, parse_checkpoint, show, write
 from common.files import atomic_write
 from common.models.build import build_model
 from common.report.page import write_evaluation
@@ -75,7 +74,7 @@ def main() -> int:
     batches = evaluation_loader(
         rows, len(videos), 1, world, rank, config.data, device, finish=lambda frames: frames
     )
-    unreadable, worst = new_quarantine(folder / "eval_quarantine.jsonl", accelerator), Worst(frames=8)
+    unreadable, worst = new_quarantine(folder, accelerator), Worst(frames=8)
     result = evaluate(
         network,
         batches(),
@@ -93,21 +92,12 @@ def main() -> int:
         print(loaded)
         show(result, classes)
         if result["unreadable"]:
-            print(f"the unreadable are named in {unreadable.path}; they count as wrong")
+            print(f"{describe(unreadable.path)}; they count as wrong")
         write(result | {"checkpoint": checkpoint, "views": config.views}, folder)
         page = write_evaluation(result, folder / "eval.html", videos.clips.name, unreadable.path)
         print(f"the worst videos: {page}")
     accelerator.end_training()
     return 0
-
-
-def new_quarantine(path: Path, accelerator: Accelerator) -> Quarantine:
-    """An empty list of unreadable videos, in a folder that is made. All ranks call this."""
-    if accelerator.is_main_process:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-    accelerator.wait_for_everyone()
-    return Quarantine(path, math.inf)
 
 
 def save_scores(path: Path, network: ViewAverage, videos: Videos, accelerator: Accelerator) -> None:

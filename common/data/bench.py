@@ -1,7 +1,8 @@
 """How many images a second come out of every form and backend: `python -m common.data.bench`.
 
 Against torchvision's ImageFolder, torch's DataLoader and the same transforms, in one run. The runs alternate, and each
-starts its own worker processes; a number is the median over rounds, a share the median of the rounds' shares.
+starts its own worker processes; a number is the median over rounds, a share the median of the rounds' shares, with
+their quartiles.
 
 images/s    by the clock, with worker processes and main process bound to as many cores as there are workers
 images/cpu  a second of processor time, of all processes together: other programs on the machine disturb it less
@@ -20,12 +21,11 @@ import io
 import json
 import multiprocessing
 import os
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -57,8 +57,8 @@ from common.files import atomic_write
 BASELINE = "torchvision"
 CLASSES, WIDTH, HEIGHT, SIDE = 4, 500, 375, 224
 WHOLE_IMAGE = transforms.Compose([transforms.CenterCrop(SIDE), MaybePILToTensor()])
+WHOLE_TENSOR = transforms.Compose([transforms.CenterCrop(SIDE), torch.clone])  # lest it keep all of the image
 _CPU = torch.device("cpu")
-_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @dataclass
@@ -135,17 +135,24 @@ def measure(cases: list[Case], root: Path, args: argparse.Namespace) -> list[dic
                     found.setdefault((mode, workers, case.name), []).append(rates(case, run, args.batches))
     print(end="\x1b[K", file=sys.stderr)
     return [
-        {
-            "mode": mode,
-            "workers": workers,
-            "case": name,
-            "images_per_s": round(_median(pairs, 0), 1),
-            "images_per_cpu_s": round(_median(pairs, 1), 1),
-            "share": round(_median(_ratios(pairs, found[mode, workers, BASELINE]), 0), 3),
-            "share_cpu": round(_median(_ratios(pairs, found[mode, workers, BASELINE]), 1), 3),
-        }
+        {"mode": mode, "workers": workers, "case": name}
+        | summary(np.array(pairs), np.array(found[mode, workers, BASELINE]))
         for (mode, workers, name), pairs in found.items()
     ]
+
+
+def summary(pairs: np.ndarray, baseline: np.ndarray) -> dict[str, Any]:
+    """Medians of (rounds, 2) rates and of their shares of the baseline's, and the shares' quartiles."""
+    rates, shares = np.median(pairs, 0), pairs / baseline
+    low, middle, high = np.quantile(shares, (0.25, 0.5, 0.75), 0).round(3).tolist()
+    return {
+        "images_per_s": round(float(rates[0]), 1),
+        "images_per_cpu_s": round(float(rates[1]), 1),
+        "share": middle[0],
+        "share_quartiles": [low[0], high[0]],
+        "share_cpu": middle[1],
+        "share_cpu_quartiles": [low[1], high[1]],
+    }
 
 
 def rates(case: Case, run: Run, batches: int) -> tuple[float, float]:
@@ -155,7 +162,7 @@ def rates(case: Case, run: Run, batches: int) -> tuple[float, float]:
         begun, used = time.perf_counter(), processor_time()
         count = sum(len(batch) for batch in islice(stream, batches))
         seconds, processor_seconds = time.perf_counter() - begun, processor_time() - used
-    return count / seconds, count / max(processor_seconds, 1 / _TICKS)
+    return count / seconds, count / processor_seconds
 
 
 def memory(case: Case, root: Path, batch: int, epochs: int) -> list[float]:
@@ -228,7 +235,7 @@ def whole_images(case: Case, run: Run) -> ImageSet:
     """Images of which the centre is kept."""
     source = open_source(run.root / case.form, "train", case.form)
     if case.backend == "torch":
-        return ImageSet(source, WHOLE_IMAGE, 0, SIDE, training=True, tensors=True)
+        return ImageSet(source, WHOLE_TENSOR, 0, SIDE, training=True, tensors=True)
     made = open_dali(source, "cpu", AugmentConfig(size=SIDE), True, 0)
     return WholeImages(**{name: getattr(made, name) for name in made.__dataclass_fields__})
 
@@ -275,31 +282,38 @@ def bound_to(cores: int) -> Iterator[None]:
 
 def _bind(cores: set[int]) -> None:
     for thread in os.listdir("/proc/self/task"):
-        os.sched_setaffinity(int(thread), cores)
+        with suppress(ProcessLookupError):  # it has ended
+            os.sched_setaffinity(int(thread), cores)
 
 
 def processor_time() -> float:
-    """Seconds of processor time that this process and its workers have used."""
-    ticks = 0
+    """Seconds of processor time that this process and its workers have used, in all threads that are there."""
+    nanoseconds = 0
     for process in ("self", *(child.pid for child in multiprocessing.active_children())):
-        numbers = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(numbers[11]) + int(numbers[12])
-    return ticks / _TICKS
+        for thread in Path(f"/proc/{process}/task").iterdir():
+            with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+                nanoseconds += int((thread / "schedstat").read_text().split()[0])
+    return nanoseconds / 1e9
 
 
 def private_memory(process: int) -> int:
-    """Bytes that only this process has."""
-    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Private_"))
+    """Bytes that only this process has, without the batches it is passing on, which lie in shared memory."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]
+    kilobytes = {words[0]: int(words[1]) for words in map(str.split, lines)}
+    own = kilobytes["Private_Clean:"] + kilobytes["Private_Dirty:"] - kilobytes["Pss_Shmem:"]
+    return own << 10
 
 
 def table(result: dict[str, Any]) -> str:
     """The numbers for the terminal."""
-    lines = [f"{'':24} {'workers':>7} {'images/s':>9} {'share':>6} {'images/cpu s':>13} {'share':>6}"]
+    lines = [
+        f"{'':24} {'workers':>7} {'images/s':>9} {'share':>6} {'images/cpu s':>13} {'share':>6} quartiles"
+    ]
+    line = (
+        "{mode:6} {case:17} {workers:7} {images_per_s:9} {share:6.2f} {images_per_cpu_s:13} {share_cpu:6.2f} "
+    )
     lines += [
-        "{mode:6} {case:17} {workers:7} {images_per_s:9} {share:6.2f} {images_per_cpu_s:13} {share_cpu:6.2f}".format(
-            **entry
-        )
+        line.format(**entry) + " to ".join(f"{share:.2f}" for share in entry["share_cpu_quartiles"])
         for entry in result["rates"]
     ]
     lines.append("memory of a worker after each epoch, MB")
@@ -317,14 +331,6 @@ def _is_there(backend: str) -> bool:
     return True
 
 
-def _ratios(pairs: list[tuple[float, float]], base: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    return [(a / c, b / d) for (a, b), (c, d) in zip(pairs, base)]
-
-
-def _median(pairs: list[tuple[float, float]], part: int) -> float:
-    return statistics.median(pair[part] for pair in pairs)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m common.data.bench",
@@ -333,12 +339,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--images", type=int, default=256, help="how many are made")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--batches", type=int, default=16, help="that are timed in a run")
-    parser.add_argument("--rounds", type=int, default=5, help="runs of each case")
+    parser.add_argument("--batches", type=int, default=24, help="that are timed in a run")
+    parser.add_argument("--rounds", type=int, default=7, help="runs of each case")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="worker processes, and cores")
     parser.add_argument("--modes", nargs="+", default=["decode", "train"], choices=["decode", "train"])
     parser.add_argument("--backends", nargs="+", default=["torch", "dali"], choices=["torch", "dali"])
-    parser.add_argument("--epochs", type=int, default=8, help="over which a worker's memory is watched")
+    parser.add_argument("--epochs", type=int, default=40, help="over which a worker's memory is watched")
     parser.add_argument(
         "--folder", type=Path, help="where the images are made; the system's temporary folder"
     )

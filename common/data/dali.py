@@ -6,6 +6,7 @@ Worker processes read, look at each header and draw the augmentation; what trave
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,19 +26,21 @@ from common.data.jpeg import plain_jpeg
 from common.data.loader import FILLER, Batch, Draws, Finish, LoaderConfig, Row, Unreadable, load_rows
 from common.data.order import Draw
 from common.data.source import Source
+from common.data.tensor_augment import Operations, change_colours, rand_augment
 from common.data.views import (
-    NO_FACTORS,
-    Operations,
     View,
     by_pillow,
     central_view,
-    change_colours,
     drawing_transform,
     rand_operations,
     random_view,
     refuse_unknown,
 )
 from common.errors import ConfigError
+
+# Read when DALI is loaded: small pieces of memory come from a pool of its own. Between them the C library could not
+# keep together what large ones leave, and would ask the system for new pages for every batch.
+os.environ.setdefault("DALI_MALLOC_POOL_THRESHOLD", "64k")
 
 
 class Encoded(NamedTuple):
@@ -133,8 +136,8 @@ class DaliSet(ImageSet):
 class Decoder:
     """DALI's pipeline: a :class:`Packed` batch in, images (n, 3, size, size) uint8 out.
 
-    On the GPU DALI crops, resizes and flips what it decodes. On the CPU it decodes the crop, and torch resizes it in
-    a tenth of the time that DALI takes. RandAugment is Pillow's on both.
+    On the GPU DALI crops, resizes and flips what it decodes, and torch does the rest. On the CPU DALI decodes the crop,
+    torch resizes it in a tenth of the time that DALI takes, and Pillow does the rest.
 
     Args:
         threads: that work on the CPU.
@@ -198,12 +201,14 @@ class Decoder:
             return self._changed(torch.from_dlpack(decoded.as_tensor()), packed)
         images = torch.empty(len(decoded), 3, self.data.size, self.data.size, dtype=torch.uint8)
 
-        def fill(place: int) -> None:
-            image = self._resize(torch.from_dlpack(decoded[place]), packed, place)
-            factors = packed.factors[place].tolist()
-            images[place] = by_pillow(image, factors, packed.operations[place], self.operations)
+        def fill(places: range) -> None:
+            for place in places:
+                image = self._resize(torch.from_dlpack(decoded[place]), packed, place)
+                factors = packed.factors[place].tolist()
+                images[place] = by_pillow(image, factors, packed.operations[place], self.operations)
 
-        list(self.pool.map(fill, range(len(decoded))))
+        # A call for each thread, not for each image, which would cost as much as a crop.
+        list(self.pool.map(fill, [range(first, len(images), self.threads) for first in range(self.threads)]))
         return images
 
     def _outputs(self) -> Any:
@@ -213,22 +218,22 @@ class Decoder:
         return decoded
 
     def _changed(self, images: Tensor, packed: Packed) -> Tensor:
+        augment = self.data.augment
         if (packed.factors[..., 1] != 1).any():
-            factors = torch.from_numpy(packed.factors).to(images.device)
-            images = change_colours(images, factors).to(torch.uint8)
-        if not any(packed.operations):
-            return images
-
-        def disturb(image: Tensor, operations: Operations) -> Tensor:
-            return by_pillow(image, NO_FACTORS, operations, self.operations)
-
-        return torch.stack(list(self.pool.map(disturb, images.cpu(), packed.operations))).to(images.device)
+            images = change_colours(images, torch.from_numpy(packed.factors).to(images.device))
+        if any(packed.operations):
+            red, green, blue = (min(255, round(255 * mean)) for mean in augment.mean)  # as timm fills
+            cubic = augment.interpolation == "bicubic"
+            images = rand_augment(images, packed.operations, (red, green, blue), cubic)
+        return images
 
     def _resize(self, window: Tensor, packed: Packed, place: int) -> Tensor:
         height, width, top, left = packed.places[place].tolist()
         mode, size = self.data.augment.interpolation, self.data.size
-        image = interpolate(window.permute(2, 0, 1)[None], (height, width), mode=mode, antialias=True)
-        image = image[0, :, top : top + size, left : left + size]
+        image = window.permute(2, 0, 1)
+        if image.shape[1:] != (height, width):
+            image = interpolate(image[None], (height, width), mode=mode, antialias=True)[0]
+        image = image[:, top : top + size, left : left + size]
         return image.flip(-1) if packed.flips[place] else image
 
     def _warn(self, error: RuntimeError) -> None:

@@ -54,6 +54,10 @@ class FolderSource:
         """``class/name``."""
         return f"{self.classes[self._labels[index]]}/{os.fsdecode(self._names[index])}"
 
+    def shard(self, index: int) -> str:
+        """The class folder: ``split/class``."""
+        return f"{self.root.name}/{self.classes[self._labels[index]]}"
+
     def name(self, index: int) -> str:
         """The file's name without its ending."""
         return os.fsdecode(self._names[index]).rpartition(".")[0]

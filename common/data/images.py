@@ -84,7 +84,7 @@ class ImageSet:
                 data, label = self.source.read(index)
                 return Row(self.inputs(data, self.source.where(index), draw), label, tuple(unreadable))
             except BadSample as bad:
-                unreadable.append(Unreadable(bad.where, bad.reason, bad.detail))
+                unreadable.append(Unreadable(bad.where, bad.reason, bad.detail, self.source.shard(index)))
                 if not self.training:
                     return Row(self.filler().inputs, UNREADABLE, tuple(unreadable))
         raise RuntimeError("no sample of the data set can be read")

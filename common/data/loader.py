@@ -28,6 +28,8 @@ class Unreadable(NamedTuple):
     where: str
     reason: str
     detail: str
+    shard: str = ""
+    """The file with many samples, or the class folder, that it is in."""
 
 
 class Row(NamedTuple):

@@ -3,11 +3,39 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from common.data.loader import Unreadable
 from common.errors import RunError
+
+_NAMED = 10
+"""Files that a line names."""
+
+
+def count(samples: Iterable[Mapping[str, Any]]) -> tuple[Counter[str], Counter[str]]:
+    """Entries of a quarantine.jsonl, each once, counted by reason and by the file or class folder they are in."""
+    once = {(sample.get("shard"), sample.get("where")): sample for sample in samples}.values()
+    reasons = Counter(sample.get("reason", "?") for sample in once)
+    return reasons, Counter(sample.get("shard") or "?" for sample in once)
+
+
+def describe(path: Path) -> str:
+    """What the quarantine.jsonl at ``path`` lists, in a line: how many of which kind, in which files; empty if none."""
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    reasons, shards = count(json.loads(line) for line in lines if line.endswith(b"}"))
+    kinds = ", ".join(f"{number} {reason}" for reason, number in reasons.most_common())
+    return (
+        f"unreadable samples: {reasons.total()} ({kinds}); {in_files(shards)}; see {path}" if reasons else ""
+    )
+
+
+def in_files(shards: Mapping[str, int]) -> str:
+    """How many samples are in which files, those with most of them by name."""
+    files = ", ".join(f"{number} in {shard}" for shard, number in Counter(shards).most_common(_NAMED))
+    return files + (f" and {len(shards) - _NAMED} other files" if len(shards) > _NAMED else "")
 
 
 class Quarantine:
@@ -41,5 +69,5 @@ class Quarantine:
             last = f"{sample.where} ({sample.reason}: {sample.detail})"
             raise RunError(
                 f"{len(self.training)} unreadable training samples, more than data.max_unreadable allows; "
-                f"the last: {last}; all are listed in {self.path}"
+                f"the last: {last}; {describe(self.path)}"
             )

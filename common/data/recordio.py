@@ -150,9 +150,12 @@ class RecordioSource:
 
     def where(self, index: int) -> str:
         """File, record and byte offset."""
-        file = self._file[index]
-        record, begin = index - self._first[file], self._spans[index, 0]
-        return f"{self._files.paths[file].name} record {record} at byte {begin}"
+        record, begin = index - self._first[self._file[index]], self._spans[index, 0]
+        return f"{self.shard(index)} record {record} at byte {begin}"
+
+    def shard(self, index: int) -> str:
+        """The ``.rec`` file."""
+        return self._files.paths[self._file[index]].name
 
     def name(self, index: int) -> str:
         """The file's name in the ``.lst`` without its ending, or the number where there is none."""

@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import ssl
 import sys
 import time
 import urllib.error
@@ -36,7 +37,8 @@ _BLOCK = 1 << 20
 _MAX_SMALL = 1 << 30
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
 """HTTP's answers that may be others a moment later."""
-_LASTING = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_UNTRUSTED = "its certificate is not trusted; SSL_CERT_FILE can name a file of authorities to trust"
+_LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 T = TypeVar("T")
 
 
@@ -269,7 +271,11 @@ def _retry(url: str, attempt: Callable[[], T]) -> T:
             raise
         except Exception as error:  # what s3fs is made of has errors of its own
             problem = f"{type(error).__name__}: {error}"
-            lasting = getattr(error, "errno", None) in _LASTING
+            lasting = isinstance(error, (FileNotFoundError, PermissionError))  # s3fs gives them no errno
+            lasting |= getattr(error, "errno", None) in _LASTING
+            cause = getattr(error, "reason", None)
+            if isinstance(cause, ssl.SSLCertVerificationError):
+                problem, lasting = f"{_UNTRUSTED} ({cause.verify_message})", True
         if lasting:
             raise DataError(f"{url}: {problem}")
     raise DataError(f"{url}: {problem}; tried {ATTEMPTS} times")

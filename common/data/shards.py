@@ -98,7 +98,11 @@ class ShardSource:
 
     def where(self, index: int) -> str:
         """Shard and member."""
-        return f"{self._files.paths[self._shard[index]].name}: {os.fsdecode(self._names[index])}"
+        return f"{self.shard(index)}: {os.fsdecode(self._names[index])}"
+
+    def shard(self, index: int) -> str:
+        """The tar file."""
+        return self._files.paths[self._shard[index]].name
 
     def name(self, index: int) -> str:
         """The key, without folders and without the number that :func:`numbered_key` gave it."""

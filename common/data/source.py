@@ -87,6 +87,9 @@ class Source(Protocol):
     def where(self, index: int) -> str:
         """The place of the sample, for messages."""
 
+    def shard(self, index: int) -> str:
+        """The file with many samples, or the class folder, that the sample is in."""
+
     def name(self, index: int) -> str:
         """What the sample is called, without class and ending; not always unique."""
 

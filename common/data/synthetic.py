@@ -33,6 +33,10 @@ class SyntheticSource:
         """The place of the sample, for messages."""
         return f"synthetic:{index}"
 
+    def shard(self, index: int) -> str:
+        """All are in one."""
+        return "synthetic"
+
     def name(self, index: int) -> str:
         """What the sample is called."""
         return str(index)

@@ -20,13 +20,10 @@ from torchvision.transforms import ColorJitter, RandomHorizontalFlip
 from torchvision.transforms.functional import pil_to_tensor
 
 from common.data.augment import AugmentConfig, ImageTransform, policy_operations, train_transform
+from common.data.tensor_augment import BRIGHTNESS, CONTRAST, SATURATION, Operations
 from common.errors import ConfigError
 
 Factors = tuple[tuple[int, float], ...]
-BRIGHTNESS, CONTRAST, SATURATION = range(3)
-"""Torchvision's numbers of the changes."""
-Operations = tuple[tuple[str, tuple[Any, ...]], ...]
-"""Names and arguments of RandAugment's operations, in order."""
 Operation = Callable[..., Image.Image]
 """Of an image and arguments."""
 NO_FACTORS: Factors = ((BRIGHTNESS, 1.0), (CONTRAST, 1.0), (SATURATION, 1.0))
@@ -147,31 +144,3 @@ def by_pillow(
     for name, arguments in operations:
         picture = known[name](picture, *arguments)
     return pil_to_tensor(picture)
-
-
-def change_colours(images: Tensor, factors: Tensor) -> Tensor:
-    """Brightness, contrast and saturation changed on the images' device, in each image in its own order.
-
-    The values are Pillow's, but for the rounding of one in many.
-
-    Args:
-        images: (n, 3, height, width) uint8.
-        factors: (n, changes, 2) float32: which change, and its factor.
-
-    Returns:
-        (n, 3, height, width) float32, whole numbers of 0 to 255.
-    """
-    images = images.float()
-    for change in factors.unbind(1):
-        which, factor = (column.view(-1, 1, 1, 1) for column in change.unbind(1))
-        grey = _luma(images)
-        mean = (grey.mean((2, 3), keepdim=True, dtype=torch.float64) + 0.5).floor().float()
-        towards = torch.where(which == SATURATION, grey, torch.where(which == CONTRAST, mean, 0.0))
-        images = (towards + factor * (images - towards)).clamp_(0, 255).floor_()
-    return images
-
-
-def _luma(images: Tensor) -> Tensor:
-    # ITU-R 601 in 16-bit fixed point; all is a whole number below 2²⁴, so exact in float32.
-    red, green, blue = images.split(1, dim=1)
-    return ((19595 * red + 38470 * green + 7471 * blue + 32768) / 65536).floor_()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import statistics
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ import yaml
 from matplotlib.figure import Figure
 
 from common.config import flatten
+from common.data.quarantine import count
 from common.engine.run import read_metrics
 from common.errors import UserError
 from common.report import html
@@ -185,11 +186,12 @@ def _classes(evaluation: dict[str, Any]) -> list[str]:
 def _unreadable(samples: Sequence[dict[str, Any]]) -> list[str]:
     if not samples:
         return [html.paragraph("Every sample could be read.")]
-    reasons = Counter(sample.get("reason", "?") for sample in samples)
+    reasons, shards = count(samples)
     rows = [[s.get("where", ""), s.get("reason", ""), s.get("detail", "")] for s in samples[:100]]
-    words = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    words = ", ".join(f"{number} {reason}" for reason, number in reasons.most_common())
+    files = html.table(["file", "unreadable"], [[*pair] for pair in shards.most_common(100)])
     table = html.table(["where", "reason", "detail"], rows)
-    return [html.heading("Unreadable samples", 3), html.paragraph(words), table]
+    return [html.heading("Unreadable samples", 3), html.paragraph(words), files, table]
 
 
 def _class_table(classes: Sequence[str], per_class: Sequence[float | None], confusion: Sequence[Any]) -> str:
@@ -214,10 +216,15 @@ def _worst(evaluation: dict[str, Any]) -> list[tuple[bytes, str]]:
     return [
         (
             base64.b64decode(s["png"]),
-            f"{classes[s['target']]}, taken for {classes[s['predicted']]} ({s['share']:.0%}), loss {s['loss']:.2f}",
+            f"{classes[s['target']]}, {_taken(s, classes)} ({s['share']:.0%}), loss {s['loss']:.2f}",
         )
         for s in evaluation["worst"]
     ]
+
+
+def _taken(sample: dict[str, Any], classes: Sequence[str]) -> str:
+    right = sample["predicted"] == sample["target"]
+    return "rightly" if right else f"taken for {classes[sample['predicted']]}"
 
 
 def _start(start: dict[str, Any]) -> str:

@@ -134,6 +134,35 @@ def test_evaluation_gives_the_runs_own_numbers_on_every_form_of_the_data(digits,
     assert (reference / "eval_confusion.png").stat().st_size > 0
 
 
+def blank(shard, *samples):
+    """Put zeros in the place of images of a shard."""
+    lines = shard.with_suffix(".idx").read_text().splitlines()[1:]
+    with open(shard, "r+b") as file:
+        for sample in samples:
+            ext, offset, size, _ = lines[sample].split()[-4:]
+            assert ext == "jpg"
+            file.seek(int(offset))
+            file.write(bytes(int(size)))
+
+
+@pytest.mark.slow
+def test_unreadable_samples_are_counted_per_shard_and_named(tmp_path):
+    prepare_digits(tmp_path / "data", "webdataset")
+    blank(tmp_path / "data/train-000002.tar", 0, 7, 255)
+    blank(tmp_path / "data/train-000005.tar", 3)
+    blank(tmp_path / "data/val-000001.tar", 1, 5)
+    done = train(tmp_path / "run", tmp_path / "data", processes=2, train__epochs=1)
+    line = next(line for line in done.stdout.splitlines() if line.startswith("unreadable samples"))
+    assert "unreadable samples: 6 (6 not an image); 3 in train-000002.tar, " in line
+    assert "2 in val-000001.tar" in line
+    assert "1 in train-000005.tar" in line
+    done = run("image/eval.py", tmp_path / "run")
+    assert "unreadable samples: 2 (2 not an image); 2 in val-000001.tar; " in done.stdout
+    named = [json.loads(line) for line in (tmp_path / "run/eval_quarantine.jsonl").read_text().splitlines()]
+    assert {sample["shard"] for sample in named} == {"val-000001.tar"}
+    assert len(named) == 2
+
+
 def test_a_runs_weights_as_one_file_evaluate_to_its_numbers(digits, reference, tmp_path):
     file = tmp_path / "weights.safetensors"
     done = run("-m", "common.engine.consolidate", reference, file)

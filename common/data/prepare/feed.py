@@ -32,6 +32,8 @@ class Unusable(NamedTuple):
     where: str
     reason: str
     detail: str
+    shard: str = ""
+    """The file with many samples, or the class folder, that it is in."""
 
 
 Progress = Callable[[str, int, int], None]
@@ -52,7 +54,8 @@ def read_batch(context: Context, batch: Batch) -> list[Outcome]:
             data, label = sources[split].read(index)
             outcomes.append((encode(data, sources[split].where(index), settings), label))
         except BadSample as bad:
-            outcomes.append(Unusable(split, bad.where, bad.reason, bad.detail))
+            shard = sources[split].shard(index)
+            outcomes.append(Unusable(split, bad.where, bad.reason, bad.detail, shard))
     return outcomes
 
 

@@ -96,7 +96,11 @@ class TarSource:
 
     def where(self, index: int) -> str:
         """Archive and member."""
-        return f"{self._files.paths[0].name}: {self._names[index].decode()}"
+        return f"{self.shard(index)}: {self._names[index].decode()}"
+
+    def shard(self, index: int) -> str:
+        """The archive."""
+        return self._files.paths[0].name
 
     def name(self, index: int) -> str:
         """The member's name without its ending."""

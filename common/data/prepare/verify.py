@@ -15,6 +15,7 @@ import numpy as np
 from common.data.decode import decode_rgb
 from common.data.prepare.feed import Progress
 from common.data.prepare.workers import Workers
+from common.data.quarantine import count
 from common.data.source import BadSample, DataError, Source, find_form, forms_there, local_path, open_source
 from common.files import atomic_write, sha256
 
@@ -25,7 +26,9 @@ Problem = dict[str, str]
 
 @dataclass
 class SplitReport:
-    """What was found of a split: ``listed`` is the manifest's number of samples, ``per_class`` what was decoded."""
+    """What was found of a split: ``listed`` is the manifest's number of samples, ``per_class`` what was decoded,
+    ``problems_per_shard`` the number of problems of each shard or class folder that has any.
+    """
 
     format: str = ""
     listed: int | None = None
@@ -38,6 +41,7 @@ class SplitReport:
     smallest_class: int = 0
     largest_class: int = 0
     problems: list[Problem] = field(default_factory=list)
+    problems_per_shard: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -92,10 +96,12 @@ def verify(
             sources[split] = open_source(root, split, format)
             report.format = find_form(root, split, format)
         except (DataError, OSError) as error:
-            report.problems.append(_problem(split, "cannot be opened", str(error)))
+            report.problems.append(_problem(split, "cannot be opened", str(error), split))
     with Workers(workers, _check, _Context(root, sources, checksums)) as pool:
         for split, source in sources.items():
             _verify_split(split, source, checksums[split], reports[split], pool, progress)
+    for report in reports.values():
+        report.problems_per_shard = dict(count(report.problems)[1].most_common())
     return reports
 
 
@@ -131,7 +137,7 @@ def _verify_split(
     report.samples, report.classes = len(source), len(source.classes)
     if report.listed is not None and report.listed != len(source):
         detail = f"it says {report.listed}, there are {len(source)}"
-        report.problems.append(_problem(f"{split}.json", "samples", detail))
+        report.problems.append(_problem(f"{split}.json", "samples", detail, f"{split}.json"))
     tasks: list[_Task] = []
     if report.format == "folder":
         report.problems += _compare_names(split, source, checksums) if checksums else []
@@ -161,17 +167,17 @@ def _check(context: _Context, task: _Task) -> _Found:
     labels, size, problems = [], 0, []
     for index in what:
         source = context.sources[split]
-        where = source.where(index)
+        where, shard = source.where(index), source.shard(index)
         try:
             image, label = source.read(index)
             size += len(image)
             expected = context.checksums[split].get(f"{split}/{where}")
             if expected not in (None, hashlib.sha256(image).hexdigest()):
-                problems.append(_problem(where, "checksum", "the file is not what was written"))
+                problems.append(_problem(where, "checksum", "the file is not what was written", shard))
             decode_rgb(image, where)
             labels.append(label)
         except BadSample as bad:
-            problems.append(_problem(bad.where, bad.reason, bad.detail))
+            problems.append(_problem(bad.where, bad.reason, bad.detail, shard))
     return labels, size, problems
 
 
@@ -179,17 +185,15 @@ def _check_file(context: _Context, split: str, name: str) -> list[Problem]:
     try:
         same = sha256(context.root / name) == context.checksums[split][name]
     except OSError as error:
-        return [_problem(name, "missing", error.strerror or str(error))]
-    return [] if same else [_problem(name, "checksum", "the file is not what was written")]
+        return [_problem(name, "missing", error.strerror or str(error), name)]
+    return [] if same else [_problem(name, "checksum", "the file is not what was written", name)]
 
 
 def _compare_names(split: str, source: Source, checksums: Mapping[str, str]) -> list[Problem]:
     there = {f"{split}/{source.where(index)}" for index in range(len(source))}
-    missing = [_problem(name, "missing", "it was written once") for name in sorted(set(checksums) - there)]
-    unknown = [
-        _problem(name, "unknown", "it was not written here") for name in sorted(there - set(checksums))
-    ]
-    return missing + unknown
+    changes = [(name, "missing", "it was written once") for name in sorted(set(checksums) - there)]
+    changes += [(name, "unknown", "it was not written here") for name in sorted(there - set(checksums))]
+    return [_problem(*change, change[0].rpartition("/")[0]) for change in changes]
 
 
 def _manifest_path(root: Path, split: str) -> Path | None:
@@ -221,5 +225,5 @@ def _checksums(root: Path, split: str, report: SplitReport) -> dict[str, str]:
         raise DataError(f"{path} is not a manifest") from None
 
 
-def _problem(where: str, reason: str, detail: str) -> Problem:
-    return {"where": where, "reason": reason, "detail": detail}
+def _problem(where: str, reason: str, detail: str, shard: str) -> Problem:
+    return {"where": where, "reason": reason, "detail": detail, "shard": shard}

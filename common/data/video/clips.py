@@ -169,7 +169,9 @@ class ClipSet:
                     clips = self._train_clips(index) if self.training else self._test_clips(index)
                 return Row(clips, int(self.videos.clips.labels[index]), tuple(unreadable))
             except BadSample as bad:
-                unreadable.append(Unreadable(bad.where, bad.reason, bad.detail))
+                unreadable.append(
+                    Unreadable(bad.where, bad.reason, bad.detail, self.videos.clips.shard(index))
+                )
                 if not self.training:
                     return Row(self.filler().inputs, UNREADABLE, tuple(unreadable))
         raise RuntimeError("no video of the list can be read")

@@ -48,6 +48,10 @@ class ClipList:
         """List, line and path, for messages."""
         return f"{self.path}:{self.lines[index]} {self.name(index)}"
 
+    def shard(self, index: int) -> str:
+        """The list."""
+        return self.path.name
+
     def fingerprint(self) -> str:
         """SHA-256 of the names, lengths and labels, in order."""
         return digest("clips", self.names.text, self.names.ends, self.frames, self.labels)

@@ -76,6 +76,10 @@ class ClipSource:
         """List, line and path."""
         return self.clips.where(index)
 
+    def shard(self, index: int) -> str:
+        """The list, or the tar file."""
+        return self.clips.shard(index)
+
     def name(self, index: int) -> str:
         """The file's name without its ending."""
         return Path(self.clips.name(index)).stem

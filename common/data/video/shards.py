@@ -48,7 +48,11 @@ class ClipShards(ClipList):
 
     def where(self, index: int) -> str:
         """Shard and member, for messages."""
-        return f"{self.files.paths[int(self.places[index, 0])].name}: {self._member(index)}"
+        return f"{self.shard(index)}: {self._member(index)}"
+
+    def shard(self, index: int) -> str:
+        """The tar file."""
+        return self.files.paths[int(self.places[index, 0])].name
 
     def fingerprint(self) -> str:
         """As the list's, where the videos are the list's own."""

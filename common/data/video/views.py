@@ -61,7 +61,7 @@ class ViewSet:
         try:
             frames = self.videos.segments(index, offsets, clip, shorter(clip.short_side))
         except BadSample as bad:
-            reason = Unreadable(bad.where, bad.reason, bad.detail)
+            reason = Unreadable(bad.where, bad.reason, bad.detail, self.videos.clips.shard(index))
             return Row(self.filler().inputs, UNREADABLE, (reason,))
         return Row(stack_segments(frames, self.segments), label)
 

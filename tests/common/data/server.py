@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -17,6 +18,7 @@ class FaultyServer(ThreadingHTTPServer):
 
     Args:
         root: the folder.
+        certificate: a file of certificate and key, for https.
         fault: which of FAULTS, a redirect "-> ADDRESS" or an HTTP status an answer suffers, by file name and number of
             the request for that file from 0; None for a good answer.
     """
@@ -24,13 +26,21 @@ class FaultyServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(
-        self, root: Path, fault: Callable[[str, int], str | None] = lambda name, number: None
+        self,
+        root: Path,
+        fault: Callable[[str, int], str | None] = lambda name, number: None,
+        certificate: Path | None = None,
     ) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
+        scheme = "https" if certificate else "http"
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
         self.root, self.fault = root, fault
         self.requests: Counter[str] = Counter()
         self.lock = threading.Lock()
-        self.url = f"http://127.0.0.1:{self.server_port}/data"
+        self.url = f"{scheme}://127.0.0.1:{self.server_port}/data"
 
     def __enter__(self) -> FaultyServer:
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()

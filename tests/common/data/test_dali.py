@@ -24,7 +24,7 @@ from common.data.images import DataConfig, ImageSet, open_images
 from common.data.jpeg import plain_jpeg
 from common.data.loader import FILLER, UNREADABLE, evaluation_loader, train_batches
 from common.data.order import Division, Order
-from common.data.views import change_colours
+from common.data.tensor_augment import change_colours
 from common.errors import ConfigError
 from tests.common.data.forms import FORM_NAMES, damage, few_digits, write_split
 from tests.processes import error_line, interrupt, metrics, run, settings, train
@@ -166,11 +166,14 @@ def test_training_changes_colours_and_erases_alike(forms):
     assert erased[noise].all()
 
 
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
 @pytest.mark.parametrize(
     "auto", ["rand-m9-mstd0.5-inc1", "rand-m6-n3-mstd1.0-inc1", "rand-m9-n4-mstd101-tweights"]
 )
-def test_rand_augment_is_that_of_the_torch_backend(tmp_path, auto):
+def test_rand_augment_is_that_of_the_torch_backend(tmp_path, monkeypatch, auto, device):
     """To the bit, where nothing is resized; without draws that depend on the number of processes."""
+    if device == "gpu":
+        use_the_gpus_pipeline(monkeypatch)
     squares = [picture.crop((10, 5, 10 + SIZE, 5 + SIZE)) for picture in photos()]
     write_split(tmp_path, "recordio", [(f"{n}", encode(picture), n) for n, picture in enumerate(squares)])
     augment = AugmentConfig(size=SIZE, auto=auto, scale=(1, 1), ratio=(1, 1), erasing=0.3)
@@ -198,9 +201,7 @@ def test_colours_change_as_in_pillow():
         assert abs(np.asarray(image).astype(int) - ours.permute(1, 2, 0).numpy()).max() <= 1
 
 
-@pytest.mark.parametrize("interpolation, most", [("bilinear", 1), ("bicubic", 12)])
-def test_the_gpus_pipeline_agrees_but_at_the_images_edges(forms, monkeypatch, interpolation, most):
-    """On the GPU DALI also resizes and flips; here the same operators run on the CPU."""
+def use_the_gpus_pipeline(monkeypatch):
     made = dali.Decoder.__init__
 
     def fused(self, *args):
@@ -208,6 +209,12 @@ def test_the_gpus_pipeline_agrees_but_at_the_images_edges(forms, monkeypatch, in
         self.fused = True
 
     monkeypatch.setattr(dali.Decoder, "__init__", fused)
+
+
+@pytest.mark.parametrize("interpolation, most", [("bilinear", 1), ("bicubic", 12)])
+def test_the_gpus_pipeline_agrees_but_at_the_images_edges(forms, monkeypatch, interpolation, most):
+    """On the GPU DALI also resizes and flips; here the same operators run on the CPU."""
+    use_the_gpus_pipeline(monkeypatch)
     for size, crop in ((SIZE, 0.875), (65, 0.95)):
         augment = AugmentConfig(size=size, crop=crop, interpolation=interpolation)
         off = levels(*(evaluation(forms / "recordio", b, augment) for b in ("dali", "torch")), augment)
@@ -326,6 +333,9 @@ class Listed:
 
     def where(self, index: int) -> str:
         return f"image {index}"
+
+    def shard(self, index: int) -> str:
+        return "memory"
 
 
 @pytest.mark.filterwarnings("ignore")

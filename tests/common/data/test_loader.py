@@ -1,9 +1,13 @@
 """Batches: the same whatever the number of workers, also from the middle; unreadable samples are named."""
 
+import json
+import multiprocessing
 import shutil
 import subprocess
 import sys
+from itertools import islice, product
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -11,11 +15,12 @@ from PIL import Image
 
 from common.data.augment import AugmentConfig, Normalize, policy_operations, train_transform
 from common.data.digits import prepare_digits
-from common.data.images import DataConfig, open_images
-from common.data.loader import FILLER, UNREADABLE, evaluation_loader, train_batches
+from common.data.images import DataConfig, ImageSet, open_images
+from common.data.loader import FILLER, UNREADABLE, Unreadable, evaluation_loader, train_batches
 from common.data.order import Division, Draw, Order
-from common.data.quarantine import Quarantine
+from common.data.quarantine import Quarantine, count, describe
 from common.errors import UserError
+from tests.common.data.forms import FORM_NAMES, few_digits, write_split
 
 AUGMENT = AugmentConfig(size=32, auto="rand-m9-mstd0.5-inc1", color_jitter=0.4, erasing=0.5)
 CPU = torch.device("cpu")
@@ -155,3 +160,82 @@ def test_quarantine_lists_each_sample_once_and_stops_above_the_limit(damaged, tm
     assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 2
     with pytest.raises(UserError, match=r"3 unreadable training samples.*quarantine\.jsonl"):
         again.add(bad[1], training=True)
+
+
+@pytest.mark.parametrize(
+    "form, options, wanted",
+    [
+        ("folder", {}, {f"train/{label}": 1 for label in (1, 5, 6, 7)}),
+        ("recordio", {}, {"train.rec": 4}),
+        ("webdataset", {"max_samples": 4}, {"train-000000.tar": 1, "train-000001.tar": 3}),
+    ],
+)
+def test_unreadable_samples_are_counted_per_shard(tmp_path, form, options, wanted):
+    """Of ten digits four are text."""
+    samples = few_digits(10)
+    bad = [
+        (key, b"no image" if n in (1, 5, 6, 7) else data, label)
+        for n, (key, data, label) in enumerate(samples)
+    ]
+    write_split(tmp_path, form, bad, **options)
+    data = open_images(DataConfig(path=str(tmp_path)), AUGMENT, "train", 0)
+    data.training = False
+    quarantine = Quarantine(tmp_path / "quarantine.jsonl", limit=0)
+    for sample in 2 * list(range(10)):
+        quarantine.add(data.row(Draw(0, sample)).unreadable, training=False)
+    listed = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    reasons, found = count(listed + listed)  # as two processes may have written them
+    assert (dict(found), dict(reasons)) == (wanted, {"not an image": 4})
+    line = describe(tmp_path / "quarantine.jsonl")
+    assert line.startswith("unreadable samples: 4 (4 not an image); ")
+    assert all(f"{number} in {shard}" in line for shard, number in wanted.items())
+
+
+def test_a_line_names_ten_files_and_counts_the_others(tmp_path):
+    path = tmp_path / "quarantine.jsonl"
+    assert describe(path) == ""
+    quarantine = Quarantine(path, limit=0)
+    quarantine.add(
+        (Unreadable(f"s{n}: {k}", "truncated", "", f"s{n}") for n in range(12) for k in range(n + 1)), False
+    )
+    assert "12 in s11, 11 in s10, " in describe(path)
+    assert describe(path).endswith(f"3 in s2 and 2 other files; see {path}")
+
+
+class Leaking(ImageSet):
+    """Keeps 100 bytes of every sample."""
+
+    kept: ClassVar[list] = []
+
+    def row(self, draw):
+        self.kept.append(bytes(67))  # 100 with the object's own
+        return super().row(draw)
+
+
+def anonymous_memory(process: int) -> int:
+    """Bytes that are no file's and not shared memory, those of before the fork included."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Anonymous:"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "form, backend, leaks", [*product(FORM_NAMES, ["torch", "dali"], [False]), ("folder", "torch", True)]
+)
+def test_a_workers_memory_is_flat_over_epochs(tmp_path, form, backend, leaks):
+    """Less than 50 bytes a sample over twelve epochs, when the first eight have filled what is kept; 100 are seen."""
+    if backend == "dali":
+        pytest.importorskip("nvidia.dali")
+    prepare_digits(tmp_path, form)
+    config, augment = DataConfig(path=str(tmp_path), backend=backend, workers=1), AugmentConfig(size=32)
+    data = open_images(config, augment, "train", seed=0)
+    data = Leaking(**vars(data)) if leaks else data
+    order, division = Order(len(data.source), 0), Division(len(data.source) // 14)
+    stream = train_batches(data, order, division, 1000, config, CPU, Normalize(augment, CPU))(0)
+    found = []
+    for _ in range(20):
+        seen = sum(len(batch.inputs) for batch in islice(stream, 14))
+        (worker,) = multiprocessing.active_children()
+        found.append(anonymous_memory(worker.pid))
+    stream.close()
+    assert ((found[-1] - found[7]) / (12 * seen) > 50) == leaks, found

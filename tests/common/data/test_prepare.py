@@ -183,6 +183,7 @@ def test_unusable_samples_are_listed_and_left_out(source: Path, tmp_path: Path) 
         listed = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
         assert [entry["reason"] for entry in listed] == ["not an image", "unreadable"]
         assert listed[0]["where"] == str(files[2].relative_to(source / "train"))
+        assert [entry["shard"] for entry in listed] == [f"train/{files[n].parent.name}" for n in (2, -1)]
         assert json.loads((out / "train.json").read_text())["unusable"] == 2
     with pytest.raises(
         RunError, match="3 unusable samples in split 'train', more than --max-unreadable allows"
@@ -325,6 +326,14 @@ def test_dali_reads_shards(source: Path, tmp_path: Path) -> None:
     )
     assert len(shards) == 3
     assert [(image, int(label.tobytes())) for image, label in read] == read_all(
+        open_source(tmp_path / "out", "train")
+    )
+
+
+def test_dali_reads_class_folders(source: Path, tmp_path: Path) -> None:
+    convert(find_splits(source), tmp_path / "out", Settings("folder"))
+    read = _by_dali("file", file_root=str(tmp_path / "out/train"))
+    assert [(image, int(label[0])) for image, label in read] == read_all(
         open_source(tmp_path / "out", "train")
     )
 

@@ -98,6 +98,8 @@ def test_an_image_that_cannot_be_decoded(tmp_path: Path, form: str) -> None:
     assert report.decoded == 23
     assert [problem["reason"] for problem in report.problems] == ["truncated"]
     assert report.per_class["3"] == min(report.per_class["3"], 2)
+    file = "train/3" if form == "folder" else FILE[form]
+    assert report.problems_per_shard == {file: 1}
 
 
 def test_what_cannot_be_opened_is_a_problem_too(tmp_path: Path) -> None:

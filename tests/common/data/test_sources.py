@@ -110,7 +110,9 @@ def test_fingerprint_tells_data_apart(tmp_path: Path, form: str) -> None:
 def test_where_names_the_place(tmp_path: Path) -> None:
     for form in FORM_NAMES:
         write_split(tmp_path / form, form, few_digits())
-    places = [open_source(tmp_path / form, "train").where(3) for form in FORM_NAMES]
+    sources = [open_source(tmp_path / form, "train") for form in FORM_NAMES]
+    assert [source.shard(3) for source in sources] == ["train/1", "train.rec", "train-000000.tar"]
+    places = [source.where(3) for source in sources]
     assert places[0] == "1/0011.jpg"  # sorted by class: 0/0000, 0/0010, 1/0001, 1/0011
     assert places[1].startswith("train.rec record 3 at byte ")
     assert places[2] == "train-000000.tar: 0003.jpg"

@@ -34,7 +34,7 @@ def a_run(folder, seed, top1):
     evaluation |= {"confusion": [[3, 1], [0, 4]], "per_class": [75.0, 100.0], "worst": worst}
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
     (folder / "starts.jsonl").write_text(json.dumps({"versions": {"torch": "2.14.1"}}) + "\n")
-    sample = {"where": f"a/{EVIL}.jpg", "reason": "truncated", "detail": "&"}
+    sample = {"where": f"a/{EVIL}.jpg", "reason": "truncated", "detail": "&", "shard": "train_0.rec"}
     (folder / "quarantine.jsonl").write_text(json.dumps(sample) + "\n" + '{"where": "cut o')
     return folder
 
@@ -50,7 +50,14 @@ def page(tmp_path):
 
 def test_the_page_holds_everything_and_loads_nothing(page):
     text = page.read_text()
-    for wanted in ("89.00 ± 2.12", "1 truncated", "torch", "loss 3.00", "75.0"):
+    for wanted in (
+        "89.00 ± 2.12",
+        "1 truncated",
+        "<td>train_0.rec</td><td>1</td>",
+        "torch",
+        "loss 3.00",
+        "75.0",
+    ):
         assert wanted in text
     assert "<script" not in text
     assert 'src="data:image/png' in text
