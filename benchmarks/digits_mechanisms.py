@@ -76,12 +76,17 @@ def main() -> None:
 
 def train(runs: Path, data: Path, label: str, seed: int) -> float:
     """Train one network to the end; returns its validation accuracy, %."""
-    net, run = NETS[label], runs / f"{label.replace(', ', '-').replace(' ', '-').lower()}-{seed}"
+    net, run = NETS[label], folder_of(runs, label, seed)
     own = {"out": run, "data.path": data, "train.seed": seed, "model.name": net.name}
     own |= {"model.args": json.dumps(net.args), "model.attach": json.dumps(net.attach)}
     options = SETTINGS | QUIET | OWN.get(label, {}) | own
     script("image/train.py", *(f"--{key}={value}" for key, value in options.items()))
     return [entry["top1"] for entry in read_metrics(run) if entry["split"] == "val"][-1]
+
+
+def folder_of(runs: Path, label: str, seed: int) -> Path:
+    """Where a network is trained."""
+    return runs / f"{label.replace(', ', '-').replace(' ', '-').lower()}-{seed}"
 
 
 def epoch_seconds(net: ModelConfig, steps: int = 5) -> float:

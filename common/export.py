@@ -2,6 +2,7 @@
 
     python -m common.export RUN digits.onnx                                  a run's newest checkpoint
     python -m common.export FILE bat.onnx --model resnet50_bat               published weights
+    python -m common.export RUN digits.onnx --check                          and compares its logits with torch's
     python -m common.export RUN digits.safetensors                           weights, settings and classes
 
 ONNX and torch.export (.pt2) files take batches of any size, float32, normalised as in training; they hold the input's
@@ -11,9 +12,11 @@ mean and deviation, and the classes, as metadata (.onnx).
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,8 @@ from common.models.table import import_models, input_size
 from common.weights import architecture, load_weights
 
 SUFFIXES = (".safetensors", ".onnx", ".pt2")
+LARGEST_DIFFERENCE = 1e-3
+"""Of a file's logits from torch's, as a share of the largest logit; rounding alone stays well below."""
 
 
 def main() -> int:
@@ -40,11 +45,16 @@ def main() -> int:
         raise ConfigError(
             f"{str(arguments.out)!r}: expected a name that ends in {', '.join(SUFFIXES)}, in a folder that exists"
         )
+    if arguments.check and arguments.out.suffix == ".safetensors":
+        raise ConfigError("--check: a .safetensors file has weights and no network; leave it out")
     model, about = open_model(arguments.source, arguments.model, arguments.num_classes)
     size = tuple(arguments.input_size or about.pop("size", None) or input_size(model))
     about |= {"input_size": "x".join(map(str, size))}
+    content = encoded(model, arguments.out.suffix, size, about)
+    if arguments.check:
+        print(checked(content, arguments.out.suffix, model, size))
     with atomic_write(arguments.out) as file:
-        file.write(encoded(model, arguments.out.suffix, size, about))
+        file.write(content)
     print(f"written: {arguments.out}, {about['model']}, input {about['input_size']}")
     return 0
 
@@ -137,6 +147,61 @@ def to_onnx(model: nn.Module, size: tuple[int, ...], about: dict[str, str]) -> b
     return content
 
 
+def checked(content: bytes, suffix: str, model: nn.Module, size: tuple[int, ...]) -> str:
+    """A line about :func:`difference`.
+
+    Raises:
+        UserError: it is more than ``LARGEST_DIFFERENCE``.
+    """
+    share = difference(content, suffix, model, size)
+    if not share <= LARGEST_DIFFERENCE:
+        raise UserError(
+            f"the file's logits differ from torch's by {share:.1e} of the largest; nothing is written"
+        )
+    return f"checked: its logits differ from torch's by at most {share:.1e} of the largest"
+
+
+def difference(
+    content: bytes, suffix: str, model: nn.Module, size: tuple[int, ...], batches: Sequence[int] = (1, 3)
+) -> float:
+    """The largest difference of an exported file's logits from those of ``model``, as a share of the largest logit.
+
+    Args:
+        content: the file's, for ``suffix`` ``.onnx``, run by onnxruntime on the CPU, or ``.pt2``.
+        size: of one input.
+        batches: sizes of the batches of noise that both see.
+
+    Raises:
+        UserError: onnxruntime is not installed.
+    """
+    own = next(model.parameters())
+    run = _onnx_runner(content) if suffix == ".onnx" else torch.export.load(io.BytesIO(content)).module()
+    differences, largest = [], []
+    with evaluating(model):
+        for batch in batches:
+            images = torch.randn(batch, *size, device=own.device, dtype=own.dtype)
+            logits = model(images)
+            differences.append(float((run(images) - logits).abs().max()))
+            largest.append(float(logits.abs().max()))
+    return max(differences) / max(largest)
+
+
+def _onnx_runner(content: bytes) -> Callable[[Tensor], Tensor]:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(f"--check of ONNX needs {error.name}: pip install onnxruntime") from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> Tensor:
+        (logits,) = session.run(["logits"], {"images": images.cpu().numpy()})
+        return torch.from_numpy(logits).to(images.device)
+
+    return run
+
+
 class _Named(nn.Module):
     """The model behind an input that is called ``images``, whatever the model itself calls it."""
 
@@ -160,6 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", metavar="NAME", help="the model of a file of weights")
     parser.add_argument("--num-classes", type=int, help="of a file of weights; the model's own by default")
     parser.add_argument("--input-size", type=int, nargs="+", metavar="N", help="C H W, for video C T H W")
+    parser.add_argument("--check", action="store_true", help="compare logits with torch's, then write")
     return parser
 
 

@@ -23,7 +23,8 @@ def main() -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
     parser.add_argument("-o", "--out", type=Path, default=Path("report.html"), help="the page to write")
     arguments = parser.parse_args()
-    print(f"written: {write_report(arguments.runs, arguments.out)}, {len(arguments.runs)} runs")
+    page, count = write_report(arguments.runs, arguments.out), len(arguments.runs)
+    print(f"written: {page}, {count} {'run' if count == 1 else 'runs'}")
     return 0
 
 

@@ -26,6 +26,8 @@ MODULES = (
     "common.models.build",
     "common.models.table",
     "common.report.maps",
+    "common.report.evidence",
+    "common.report.occlusion",
     "common.report.attention",
     "common.report.page",
     "common.engine.trainer",

@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
 from common.files import atomic_write
 from common.report import html
+from common.report.evidence import evidence, on_inputs
 from common.report.maps import (
     Affinities,
     ClassMaps,
@@ -28,6 +31,15 @@ from common.report.maps import (
 )
 
 HEADS = 8  # drawn at most
+_SIGNS = ListedColormap(["dodgerblue", "red"])
+
+
+@dataclass
+class Evidence:
+    """What BAT's and SAN's modules together give to some classes: log-odds a pixel, for and against."""
+
+    weights: Tensor
+    """(classes, T, H, W)"""
 
 
 @dataclass
@@ -86,10 +98,11 @@ def draw_attention(
     for number, (name, x) in enumerate(inputs):
         logits, maps = attention_maps(model, x[None])
         subject = subject_of(x, logits, classes, top, pixels)
+        drawn = [*_evidence(model, x, subject), *maps]
         shares = logits.softmax(0)
         parts += [html.heading(name), _predictions(subject, shares.tolist())]
         parts += [] if maps else [html.paragraph("The network has none of the mechanisms.")]
-        for caption, figure in _figures(maps, subject):
+        for caption, figure in _figures(drawn, subject):
             png = html.png_of(figure)
             path = folder / f"{number}-{len(paths)}-{maps_name(caption)}.png"
             with atomic_write(path) as file:
@@ -97,6 +110,13 @@ def draw_attention(
             paths.append(path)
             parts.append(html.picture(png, caption))
     return [html.write_page(folder / "index.html", "What the network attends to", parts), *paths]
+
+
+def _evidence(model: nn.Module, x: Tensor, subject: Subject) -> list[Evidence]:
+    targets = torch.tensor(subject.best, device=x.device)
+    _, shares = evidence(model, x.expand(len(targets), *x.shape), targets)
+    weights = [on_inputs(shares, tuple(x.shape[1:]))] if shares else []
+    return [Evidence(each if each.ndim == 4 else each[:, None]) for each in weights]
 
 
 def maps_name(caption: str) -> str:
@@ -109,7 +129,7 @@ def _predictions(subject: Subject, shares: Sequence[float]) -> str:
     axis = figure.add_axes((0, 0, 1, 1))
     axis.imshow(subject.images[len(subject.images) // 2])
     axis.axis("off")
-    words = ", ".join(f"{_class(subject, index)} {shares[index]:.1%}" for index in subject.best)
+    words = "; ".join(f"{_class(subject, index)}: {shares[index]:.1%}" for index in subject.best)
     return html.samples([(html.png_of(figure), words)])
 
 
@@ -117,7 +137,7 @@ def _class(subject: Subject, index: int) -> str:
     return subject.classes[index] if index < len(subject.classes) else str(index)
 
 
-def _figures(maps: Sequence[Maps], subject: Subject) -> Iterator[tuple[str, Figure]]:
+def _figures(maps: Sequence[Maps | Evidence], subject: Subject) -> Iterator[tuple[str, Figure]]:
     stages = {m.name.rsplit(".", 2)[0]: m for m in maps if isinstance(m, Footprints)}
     for each in maps:
         if not isinstance(each, Footprints) or stages[each.name.rsplit(".", 2)[0]] is each:
@@ -131,6 +151,21 @@ def _draw(maps: Any, subject: Subject) -> Iterator[tuple[str, Figure]]:
 
 
 @_draw.register
+def _(maps: Evidence, subject: Subject) -> Iterator[tuple[str, Figure]]:
+    classes, times = maps.weights.shape[:2]
+    figure, axes = _axes(*((classes, times) if times > 1 else (times, classes)))
+    for index, weights, line in zip(subject.best, maps.weights.cpu(), axes if times > 1 else axes.T):
+        name = _plain(_class(subject, index))
+        line[0].set(**({"ylabel": name} if times > 1 else {"title": name}))
+        weights = weights / weights.abs().max().clamp_min(1e-30)
+        for time, (axis, weight) in enumerate(zip(line, weights)):
+            _image(axis, subject, time)
+            seen = weight.abs().sqrt()  # also what is small
+            axis.imshow(weight > 0, extent=subject.extent, cmap=_SIGNS, vmin=0, vmax=1, alpha=0.85 * seen)
+    yield "evidence: where what the modules take speaks for a class (red) or against it (blue)", figure
+
+
+@_draw.register
 def _(maps: Footprints, subject: Subject) -> Iterator[tuple[str, Figure]]:
     heads, _, height, width = maps.weights.shape
     drawn = min(heads, HEADS)
@@ -141,12 +176,16 @@ def _(maps: Footprints, subject: Subject) -> Iterator[tuple[str, Figure]]:
         _image(line[0], subject)
         _mark_footprint(line[0], maps, (y, x), subject)
         for head, (axis, weight) in enumerate(zip(line[1:], [weights.mean(0), *weights])):
-            axis.imshow(weight, cmap="viridis" if maps.normalised else "coolwarm")
+            limit = float(weight.abs().max())
+            if maps.normalised:
+                axis.imshow(weight, cmap="viridis", vmin=0, vmax=limit)
+            else:
+                axis.imshow(weight, cmap="coolwarm", vmin=-limit, vmax=limit)
             axis.set_title(("mean" if head == 0 else f"head {head - 1}") if row == 0 else "", fontsize=9)
-    kind = "which sum to 1" if maps.normalised else "patchwise"
+    kind = "which sum to 1" if maps.normalised else "patchwise, red above zero"
     yield (
         f"{maps.name}: weights under the {maps.side}×{maps.side} footprint, {kind}, "
-        f"{drawn} of {heads} heads; the frame shows where",
+        f"{drawn} of {heads} heads, each on its own scale; the frame shows where",
         figure,
     )
 
@@ -155,23 +194,28 @@ def _(maps: Footprints, subject: Subject) -> Iterator[tuple[str, Figure]]:
 def _(maps: Transforms, subject: Subject) -> Iterator[tuple[str, Figure]]:
     groups = min(len(maps.p), HEADS)
     figure, axes = _axes(groups, 6)
-    titles = ("P: row from", "Q: column from", "rows and columns", "a cell comes from")
+    titles = ("P: row from", "Q: column from", "rows and columns", "where + comes from")
+    limits = [float(matrices.max()) for matrices in (maps.p, maps.q)]
     for group, line in enumerate(axes):
         p, q = maps.p[group].cpu(), maps.q[group].cpu()
-        line[0].imshow(p, vmin=0, cmap="viridis")
-        line[1].imshow(q, vmin=0, cmap="viridis")
+        line[0].imshow(p, vmin=0, vmax=limits[0], cmap="viridis")
+        line[1].imshow(q, vmin=0, vmax=limits[1], cmap="viridis")
         _image(line[2], subject, maps.frame)
         _mesh(line[2], p, q, subject)
         y, x = _at(subject.pixels[0], (p.shape[0], q.shape[0]))
         _image(line[3], subject, maps.frame)
         _heat(line[3], torch.outer(p[y], q[:, x]), subject)
+        _mark(line[3], ((y + 0.5) / len(p), (x + 0.5) / len(q)), subject)
         line[4].imshow(maps.before[group].cpu(), cmap="magma")
         line[5].imshow(maps.after[group].cpu(), cmap="magma")
         line[0].set_ylabel(f"group {group}", fontsize=9)
         for axis, title in zip(line, (*titles, "features", "transformed")):
             axis.set_title(title if group == 0 else "", fontsize=9)
     place = "" if maps.frame is None else f", frame {maps.frame}"
-    yield f"{maps.name}: bilinear attentional transform{place}", figure
+    yield (
+        f"{maps.name}: bilinear attentional transform{place}; yellow is {limits[0]:.2f} in P and {limits[1]:.2f} in Q",
+        figure,
+    )
 
 
 @_draw.register
@@ -195,7 +239,10 @@ def _(maps: ClassMaps, subject: Subject) -> Iterator[tuple[str, Figure]]:
             _image(axis, subject)
             _heat(axis, weight, subject)
             axis.set_title(("mean" if head == 0 else f"head {head - 1}") if row == 0 else "", fontsize=9)
-    yield f"{maps.name or 'model'}: what counts for a class, {heads} of {len(maps.weights)} heads", figure
+    yield (
+        f"{maps.name or 'model'}: what counts for a class, {heads} of {len(maps.weights)} heads, each on its own scale",
+        figure,
+    )
 
 
 @_draw.register
@@ -224,7 +271,8 @@ def _(maps: Pairs, subject: Subject) -> Iterator[tuple[str, Figure]]:
         line[0].barh(names, [value for *_, value in pairs], color="steelblue")
         line[0].invert_yaxis()
         line[0].set_aspect("auto")
-        line[0].set(xticks=[0], yticks=range(len(names)), ylabel=_plain(_class(subject, index)))
+        line[0].set(yticks=range(len(names)), ylabel=_plain(_class(subject, index)))
+        line[0].xaxis.set_major_locator(MaxNLocator(3))
         line[0].tick_params(labelsize=7)
         first, second, _ = pairs[0]
         for axis, heat in zip(
@@ -264,7 +312,9 @@ def _image(axis: Any, subject: Subject, frame: int | None = None) -> None:
 
 
 def _heat(axis: Any, heat: Tensor, subject: Subject) -> None:
-    axis.imshow(heat.detach().float().cpu(), extent=subject.extent, cmap="jet", alpha=0.5)
+    """From zero up: a map that hardly varies looks so."""
+    heat = heat.detach().float().cpu()
+    axis.imshow(heat, extent=subject.extent, cmap="jet", alpha=0.5, vmin=min(0.0, float(heat.min())))
 
 
 def _mark(axis: Any, place: tuple[float, float], subject: Subject) -> None:

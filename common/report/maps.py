@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from math import isqrt
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from common.attention.attach import evaluating
@@ -176,7 +175,13 @@ def _pairs(name: str, module: FBNHead, x: Tensor) -> list[Maps]:
     grid = _grid(x)
     seen = (x.tanh() if module.tanh else x)[0].flatten(1).unflatten(1, grid)
     maps = module.class_maps(x)[0].flatten(1).unflatten(1, grid)
-    return [Pairs(name, lambda index: module.pairs(x, index)[0].detach(), seen, maps)]
+
+    def of_class(index: int) -> Tensor:
+        with evaluating(module):  # no factor is dropped, also when this is asked later
+            pairs: Tensor = module.pairs(x, index)[0]
+            return pairs
+
+    return [Pairs(name, of_class, seen, maps)]
 
 
 def _grid(x: Tensor) -> tuple[int, int]:
@@ -201,11 +206,3 @@ _READERS: dict[Any, Callable[..., list[Maps]]] = {
 def attended(maps: ClassMaps, index: int) -> Tensor:
     """The map (h, w) of the positions that count for class ``index``: the mean over NOAH's heads."""
     return maps.weights[:, index].mean(0)
-
-
-def square_on(heat: Tensor, size: tuple[int, int], side: int) -> tuple[int, int]:
-    """Top and left of the square of ``side`` pixels, in an image of ``size``, that holds most of ``heat`` (h, w)."""
-    image = nn.functional.interpolate(heat[None, None], size=size, mode="bilinear", align_corners=False)
-    sums = nn.functional.avg_pool2d(image, side, 1)[0, 0]
-    best = int(torch.argmax(sums))
-    return best // sums.shape[1], best % sums.shape[1]

@@ -60,10 +60,10 @@ def test_its_attention_is_drawn(trained, digits, tmp_path):
     page = folder / "attention" / "index.html"
     assert str(page) in done.stdout
     files = list(page.parent.glob("*.png"))
-    assert len(files) == 4  # two blocks, two images
+    assert len(files) == 6  # the evidence and two blocks, of two images
     seen = seen_in(page, tmp_path)
     assert seen["console"] == []
-    assert len(seen["widths"]) == 2 + 4
+    assert len(seen["widths"]) == 2 + 6
     assert "layer2.nl0.batransform: bilinear attentional transform" in seen["text"]
 
 
@@ -88,8 +88,9 @@ def test_the_report_opens_in_a_browser(trained, tmp_path):
 
 def test_exports_give_what_the_run_gives(trained, tmp_path, monkeypatch):
     folder, _ = trained
-    done = module("common.export", folder, tmp_path / "digits.pt2")
+    done = module("common.export", folder, tmp_path / "digits.pt2", "--check")
     assert done.returncode == 0, done.stderr[-2000:]
+    assert "checked: its logits differ from torch's by at most" in done.stdout
     monkeypatch.setattr(sys, "argv", ["export", str(folder), str(tmp_path / "digits.safetensors")])
     assert export.main() == 0
     model, _ = export.open_model(str(folder))
