@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common.attention import san
+from common.attention import san, tiles
 from common.attention.san import PairwiseAttention, PatchwiseAttention, SelfAttention
 
 KINDS = [PairwiseAttention, PatchwiseAttention]
@@ -239,10 +239,10 @@ def test_the_kernels_operators_are_the_definition(
 ) -> None:
     """The path that a GPU takes, with the operators' reference in the kernels' place."""
     monkeypatch.setattr(san.pairwise, "runs", lambda *_: True)
-    monkeypatch.setattr(san.san, "runs", lambda *_: True)
+    monkeypatch.setattr(tiles.san, "runs", lambda *_: True)
     monkeypatch.setattr(san.patchwise, "runs", lambda *_: True)
     called: list[str] = []
-    for room, operator in ((san.pairwise, "pairwise_attention"), (san.san, "padded_aggregation")):
+    for room, operator in ((san.pairwise, "pairwise_attention"), (tiles.san, "padded_aggregation")):
         original = getattr(room, operator)
         monkeypatch.setattr(room, operator, lambda *a, o=original: (called.append(o), o(*a))[1])
     module = made(kind, **window).train(training)
