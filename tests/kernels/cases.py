@@ -42,7 +42,7 @@ class Module(NamedTuple):
 
 SAN_STAGES = [Module(6, 4, 2), Module(18, 16, 8), Module(34, 32, 16), Module(66, 64, 32)]
 """The stages of the published networks that have kernels."""
-ON_TENSOR_CORES = [*SAN_STAGES[1:], Module(20, 32, 8, 4)]
+ON_TENSOR_CORES = [*SAN_STAGES[1:], Module(20, 32, 8, 4), Module(32, 48, 16)]
 """What tensor cores take, in bfloat16."""
 SMALL = [Module(4, 2, 1), Module(5, 6, 3, 2), Module(9, 12, 4, 1)]
 """As a test's or a demonstration's networks may have."""
