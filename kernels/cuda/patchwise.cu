@@ -18,6 +18,21 @@ struct Maps : Footprint {
 
 __device__ inline REAL relu(REAL x) { return x < 0 ? REAL(0) : x; }  // keeps NaN
 
+// N weights of neighbouring outputs, four at a time where that is aligned.
+template <int N> __device__ void read_weights(REAL (&to)[N], const REAL* from) {
+    if constexpr (N % 4 == 0 && OUTPUTS % 4 == 0) {
+#pragma unroll
+        for (int o = 0; o < N; o += 4) {
+            Four<REAL> weights = four(from + o);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) to[o + e] = weights.at[e];
+        }
+    } else {
+#pragma unroll
+        for (int o = 0; o < N; ++o) to[o] = from[o];
+    }
+}
+
 // A block does THREADS pixels and AT_ONCE outputs.
 extern "C" __global__ void __launch_bounds__(THREADS)
 mix_patches(const VALUE* __restrict__ x, const REAL* __restrict__ scale, const REAL* __restrict__ shift,
@@ -34,8 +49,10 @@ mix_patches(const VALUE* __restrict__ x, const REAL* __restrict__ scale, const R
             for (int v = 0; v < KERNEL; ++v) {
                 int at = r * POSITIONS + u * KERNEL + v;
                 REAL a = relu(scale[at] * read(map[maps.under(p, u, v)]) + shift[at]);
+                REAL weight[AT_ONCE];
+                read_weights(weight, mix + static_cast<long long>(at) * OUTPUTS + first);
 #pragma unroll
-                for (int o = 0; o < AT_ONCE; ++o) sum[o] += mix[static_cast<long long>(at) * OUTPUTS + first + o] * a;
+                for (int o = 0; o < AT_ONCE; ++o) sum[o] += weight[o] * a;
             }
     }
 #pragma unroll
@@ -59,12 +76,17 @@ gradient_map(const VALUE* __restrict__ of_h, const VALUE* __restrict__ x, const 
         long long p = maps.over(q, j / KERNEL, j % KERNEL);
         if (p < 0) continue;
         REAL of_a[ROWS] = {};
-        for (int o = 0; o < OUTPUTS; ++o) {
-            REAL g = read(of_h[(image * OUTPUTS + o) * maps.pixels() + p]);
+        constexpr int STEP = OUTPUTS % 4 == 0 ? 4 : 1;
+        for (int o = 0; o < OUTPUTS; o += STEP) {
+            REAL g[STEP], weight[STEP];
+#pragma unroll
+            for (int e = 0; e < STEP; ++e) g[e] = read(of_h[(image * OUTPUTS + o + e) * maps.pixels() + p]);
 #pragma unroll
             for (int k = 0; k < ROWS; ++k) {
                 int r = first + k < maps.inputs ? first + k : 0;
-                of_a[k] += g * mix[(static_cast<long long>(r) * POSITIONS + j) * OUTPUTS + o];
+                read_weights(weight, mix + (static_cast<long long>(r) * POSITIONS + j) * OUTPUTS + o);
+#pragma unroll
+                for (int e = 0; e < STEP; ++e) of_a[k] += g[e] * weight[e];
             }
         }
 #pragma unroll
