@@ -24,8 +24,9 @@ from common.report.visualize import PictureConfig, visualize
 from image.train import Config
 
 
+# Config comes first: else jsonargparse does not find what its settings are made of.
 @dataclass
-class VisualizeConfig(PictureConfig, Config):
+class VisualizeConfig(Config, PictureConfig):
     """Draw what an image classifier attends to."""
 
 

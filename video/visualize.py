@@ -25,8 +25,9 @@ from common.report.visualize import PictureConfig, visualize
 from video.train import Config
 
 
+# Config comes first: else jsonargparse does not find what its settings are made of.
 @dataclass
-class VisualizeConfig(PictureConfig, Config):
+class VisualizeConfig(Config, PictureConfig):
     """Draw what a video classifier attends to."""
 
     num_classes: int = 400

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 from safetensors import safe_open
 
@@ -65,6 +66,24 @@ def test_its_attention_is_drawn(trained, digits, tmp_path):
     assert seen["console"] == []
     assert len(seen["widths"]) == 2 + 6
     assert "layer2.nl0.batransform: bilinear attentional transform" in seen["text"]
+
+
+def test_weights_without_a_run_are_drawn(digits, tmp_path, monkeypatch):
+    """As published ones are: the command line says what the network is."""
+    size = {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]}
+    torch.save(
+        timm.create_model("resnet18_bat", num_classes=5, **size).state_dict(), tmp_path / "weights.pth"
+    )
+    picture = next((digits / "val" / "3").iterdir())
+    words = [
+        "--model.name=resnet18_bat",
+        f"--model.args={json.dumps(size)}",
+        "--num_classes=5",
+        f"--out={tmp_path}",
+    ]
+    monkeypatch.setattr(sys, "argv", ["visualize.py", str(tmp_path / "weights.pth"), str(picture), *words])
+    assert visualize.main() == 0
+    assert (tmp_path / "attention" / "index.html").is_file()
 
 
 @pytest.mark.parametrize(
