@@ -64,9 +64,30 @@ def assert_same_losses(folder, reference):
         assert [e["loss"] for e in ours] == pytest.approx([e["loss"] for e in theirs], rel=2e-4)
 
 
-def test_fsdp_on_four_processes_gives_the_losses_of_one(alone, digits, tmp_path):
-    train(tmp_path / "run", digits, processes=4, parallel="fsdp", **NORM_FREE)
+@pytest.mark.parametrize("mode", ["ddp", "fsdp", "zero1", "zero2", "zero3"])
+def test_four_processes_give_the_losses_of_one(alone, digits, tmp_path, mode):
+    train(tmp_path / "run", digits, processes=4, parallel=mode, **NORM_FREE)
     assert_same_losses(tmp_path / "run", alone)
+
+
+@pytest.fixture(scope="module")
+def half(digits, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("half") / "run"
+    train(folder, digits, train__precision="bf16", **NORM_FREE)
+    return folder
+
+
+@pytest.mark.parametrize("mode, offload", [("ddp", 0), ("fsdp", 0), ("zero1", 0), ("zero2", 1), ("zero3", 1)])
+def test_bfloat16_in_every_mode(alone, half, digits, tmp_path, mode, offload):
+    """Its losses are as near one process's in bfloat16 as those are to float32's, where they are not the same."""
+    folder = tmp_path / "run"
+    options = NORM_FREE | {"train__precision": "bf16", "offload": "true" if offload else "false"}
+    train(folder, digits, processes=2, parallel=mode, **options)
+    ours, theirs, exact = ([e["loss"] for e in metrics(run, "train")] for run in (folder, half, alone))
+    apart = max(abs(a - b) for a, b in zip(theirs, exact, strict=True))
+    assert 0 < apart < 0.02
+    assert ours == pytest.approx(theirs, abs=2 * apart)
+    assert ours != exact
 
 
 def launch(*words, script="image/train.py", **options):
@@ -97,7 +118,7 @@ def normed_alone(digits, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp", "zero3"])
+@pytest.mark.parametrize("mode", ["ddp", "fsdp", "zero1", "zero2", "zero3"])
 def test_synchronised_batch_norm_gives_the_losses_of_one_process(normed_alone, digits, tmp_path, mode):
     train(tmp_path / "run", digits, processes=2, parallel=mode, train__sync_bn=True, **NORMED)
     assert_same_losses(tmp_path / "run", normed_alone)
