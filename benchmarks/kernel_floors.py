@@ -64,6 +64,9 @@ def operators(batch: int) -> dict[str, Work]:
     # y = P·x·Q of ResNet-50+BAT's 14² maps of 256 channels, and NOAH's 4 heads of 1000 classes, batch 128.
     x = 128 * 256 * 14 * 14
     found["P·x·Q, 256 channels, 14², N 128"] = Work(2 * 2 * x, 2 * 7 * x)
+    for channels, side, window in ((64, 224, 2), (64, 112, 1), (64, 112, 2), (256, 56, 1)):
+        name = f"c{channels} {side}²" + (f", pooled {window}×{window}" if window > 1 else "")
+        found[f"norm and ReLU, {name}"], found[f"its gradients, {name}"] = norm(batch, channels, side, window)
     rows = 128 * 4 * 1000
     found["weighted sum, 4 × 1000 maps, 7², N 128"] = Work(2 * 2 * 49 * rows, 49 * rows)
     return found
@@ -101,6 +104,13 @@ def patchwise(batch: int, width: int, side: int, kernel_size: int) -> tuple[Work
     one = 2 * (inputs * padded + outputs * out)
     macs = out * kernel_size**2 * inputs * outputs
     return Work(one, macs), Work(2 * one + 2 * inputs * padded, macs * padded / out + 2 * macs)
+
+
+def norm(batch: int, channels: int, side: int, window: int) -> tuple[Work, Work]:
+    """Batch norm, ReLU and pooling, which read the map for its statistics and again; then its gradients, likewise."""
+    x = batch * channels * side**2
+    y = x / window**2
+    return Work(2 * (2 * x + y), 2 * x), Work(2 * (3 * x + 2 * y), 4 * x)
 
 
 def aggregation(batch: int, width: int, side: int, kernel_size: int) -> Work:

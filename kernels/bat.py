@@ -11,7 +11,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from kernels import checks, reference, runtime
+from kernels import checks, gradients, reference, runtime
 from kernels.runtime import TYPES, Kernel
 
 SOURCE = "bat.cu"
@@ -90,7 +90,7 @@ def transform_gradients(
     of_y: Tensor, x: Tensor, p: Tensor, q: Tensor, needs_q: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, P and Q; without ``needs_q`` a kernel leaves that of Q zero."""
-    of_x, of_p, of_q = reference.bilinear_transform_gradients(of_y.to(p.dtype), x.to(p.dtype), p, q)
+    of_x, of_p, of_q = gradients.bilinear_transform(of_y.to(p.dtype), x.to(p.dtype), p, q)
     return torch.empty_like(_dense(x)).copy_(of_x), of_p, of_q
 
 

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kernels import bat, noah, pairwise, runtime, san
+from kernels import bat, noah, norm, pairwise, runtime, san
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 PUBLISHED: dict[str, Any] = json.loads((RESULTS / "published_h200.json").read_text())
@@ -59,6 +59,8 @@ NETWORKS = [
 ]
 # The attention modules of a SAN: input channels, side of the map, kernel size.
 STAGES = [(64, 112, 3), (256, 56, 7), (512, 28, 7), (1024, 14, 7), (2048, 7, 7)]
+# Its norms on large maps, each followed by ReLU: channels, side of the map, side of the pooling.
+NORMED = [(64, 224, 2), (64, 112, 1), (64, 112, 2), (256, 56, 1)]
 
 
 def main() -> None:
@@ -200,7 +202,33 @@ def operator_rows(dtype: torch.dtype) -> list[dict[str, Any]]:
     rows.append(operator_row(f"bilinear_transform/{type_name}", lambda: bat.bilinear_transform(x, p, q)))
     query, value = torch.randn(2, 128, 4000, 49, device="cuda", dtype=dtype)
     rows.append(operator_row(f"weighted_sum/{type_name}", lambda: noah.weighted_sum(query, value)))
+    for sizes in NORMED:
+        rows += norm_rows(*sizes, dtype)
     return rows
+
+
+def norm_rows(channels: int, side: int, window: int, dtype: torch.dtype) -> list[dict[str, Any]]:
+    """Batch norm, ReLU and pooling with their gradients, of 64 images: by the operator, by torch's, by its compiler."""
+    x = torch.randn(64, channels, side, side, device="cuda", dtype=dtype)
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    gamma, beta = torch.ones(channels, device="cuda"), torch.zeros(channels, device="cuda")
+    inputs = [x, gamma.requires_grad_(), beta.requires_grad_()]
+
+    def plain(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        y = nn.functional.batch_norm(x, None, None, gamma, beta, training=True).relu()
+        return nn.functional.max_pool2d(y, window) if window > 1 else y
+
+    def own(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        return norm.norm_relu(x, gamma, beta, None, None, 1e-5, window)[0]
+
+    of_y = own(*inputs).detach()
+
+    def call(function: Callable[..., Tensor]) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(function(*inputs), inputs, of_y)
+
+    label = f"{str(dtype).removeprefix('torch.')}/c{channels}_h{side}_pool{window}"
+    ways = {"norm_relu": own, "norm_relu by torch": plain, "norm_relu compiled": torch.compile(plain)}
+    return [operator_row(f"{name}/{label}", call(function)) for name, function in ways.items()]
 
 
 def stage_rows(width: int, side: int, kernel_size: int, dtype: torch.dtype) -> list[dict[str, Any]]:

@@ -44,6 +44,23 @@ def check_transform(x: Tensor, p: Tensor, q: Tensor) -> None:
             raise ValueError(f"{name} is on {matrix.device}, expected {x.device} as x")
 
 
+def check_norm(x: Tensor, gamma: Tensor, beta: Tensor, mean: Tensor | None, window: int) -> None:
+    """Raise ValueError unless the arguments of :func:`norm_relu` fit each other."""
+    if x.dim() != 4 or window < 1 or min(x.shape[2:]) < window:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, expected (N, C, H, W) with sides of at least {max(window, 1)}"
+        )
+    if mean is None and not x.numel():
+        raise ValueError(f"x has shape {tuple(x.shape)}: no pixel to take statistics of")
+    exact = torch.promote_types(x.dtype, torch.float32)
+    for name, t in (("gamma", gamma), ("beta", beta)):
+        if tuple(t.shape) != (x.shape[1],) or t.dtype != exact or t.device != x.device:
+            raise ValueError(
+                f"{name}, shape {tuple(t.shape)}, is {t.dtype} on {t.device}, "
+                f"expected ({x.shape[1]},), {exact} on {x.device}"
+            )
+
+
 def check_rows(query: Tensor, value: Tensor) -> None:
     """Raise ValueError unless the arguments of :func:`weighted_sum` fit each other."""
     check_alike("query", query, "value", value)

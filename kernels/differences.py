@@ -10,7 +10,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from kernels import reference, runtime
+from kernels import gradients, reference, runtime
 from kernels.footprint import Footprint, sizes
 from kernels.runtime import TYPES, Kernel
 
@@ -67,7 +67,7 @@ def moments_gradients(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of both maps."""
     window = (kernel_size, stride, dilation)
-    return reference.difference_moments_gradients(of_mean, of_variance, mean, centre, around, *window)
+    return gradients.difference_moments(of_mean, of_variance, mean, centre, around, *window)
 
 
 @moments.register_fake

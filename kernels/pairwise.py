@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels import checks, pairwise_mma, pairwise_simt, reference, runtime
+from kernels import checks, gradients, pairwise_mma, pairwise_simt, reference, runtime
 from kernels.footprint import Footprint, sizes
 
 
@@ -100,7 +100,7 @@ def pairwise_attention_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of ``centre`` … ``bias`` from that of :func:`pairwise_attention`'s first result."""
     tensors = (centre, around, value, mix, gamma, beta, to_weight, bias)
-    return reference.pairwise_attention_gradients(  # type: ignore[return-value]
+    return gradients.pairwise_attention(  # type: ignore[return-value]
         of_y, mean, variance, batch_statistics, *tensors, eps, kernel_size, stride, dilation
     )
 

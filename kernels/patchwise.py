@@ -11,7 +11,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from kernels import checks, reference, runtime
+from kernels import checks, gradients, reference, runtime
 from kernels.footprint import Footprint, output_side, sizes
 from kernels.runtime import TYPES, Kernel
 
@@ -78,7 +78,7 @@ def mix_patches_gradients(
     dilation: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, scale, shift and mix."""
-    return reference.mix_patches_gradients(of_h, x, scale, shift, mix, kernel_size, stride, dilation)
+    return gradients.mix_patches(of_h, x, scale, shift, mix, kernel_size, stride, dilation)
 
 
 @mix_patches.register_fake

@@ -7,20 +7,18 @@ padding p, stride s and dilation d, footprint position (u, v) of the output pixe
 Outside the map lies either its mirror image (``reflect``; the border pixel is not repeated, and a footprint
 larger than the map is reflected as often as it takes) or nothing but zeros (``zero``).
 
-Every dtype and device, any order of derivatives; gradients that are written out say what a kernel's must be.
+Every dtype and device, any order of derivatives.
 A compiled kernel must give the same numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.checks import check_alike, check_footprint, check_pairwise, check_weight
-from kernels.footprint import output_side, same_padding
+from kernels.checks import check_alike, check_footprint, check_norm, check_pairwise, check_weight
+from kernels.footprint import same_padding
 
 
 def subtraction(
@@ -146,12 +144,43 @@ def pairwise_attention(
     h = torch.einsum("ri,nikhw->nrkhw", mix, a)
     if mean is None or variance is None:
         variance, mean = torch.var_mean(h, (0, 2, 3, 4), correction=0)
-    normed = (h - _channel(mean)) * _channel(torch.rsqrt(variance + eps))
-    b = (normed * _channel(gamma) + _channel(beta)).relu()
-    logits = torch.einsum("or,nrkhw->nokhw", to_weight, b) + _channel(bias)
+    normed = (h - per_channel(mean, 3)) * per_channel(torch.rsqrt(variance + eps), 3)
+    b = (normed * per_channel(gamma, 3) + per_channel(beta, 3)).relu()
+    logits = torch.einsum("or,nrkhw->nokhw", to_weight, b) + per_channel(bias, 3)
     weight = logits.softmax(2).flatten(3)
     y = aggregation(value.to(weight.dtype), weight, *window).to(value.dtype)
     return y, logits.logsumexp(2), mean, variance
+
+
+def norm_relu(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    eps: float,
+    window: int = 1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Batch norm, ReLU and max pooling: (N, C, H, W) → (N, C, H // window, W // window).
+
+    Args:
+        gamma, beta, mean, variance: (C,), of float32 or finer; without the last two they are the batch's.
+        window: side of what is pooled, in pixels; 1 for no pooling.
+
+    Returns:
+        The result, of the dtype of x, and the mean and the biased variance.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    check_norm(x, gamma, beta, mean, window)
+    exact = x.to(gamma.dtype)
+    if mean is None or variance is None:
+        variance, mean = torch.var_mean(exact, (0, 2, 3), correction=0)
+    y = F.max_pool2d(
+        (per_channel(gamma) * standardised(exact, mean, variance, eps) + per_channel(beta)).relu(), window
+    )
+    return y.to(x.dtype), mean, variance
 
 
 def difference_moments(
@@ -177,105 +206,6 @@ def difference_moments(
     return mean, square - mean.square()
 
 
-def subtraction2_gradients(
-    of_y: Tensor, height: int, width: int, kernel_size: int, stride: int, dilation: int
-) -> tuple[Tensor, Tensor]:
-    """The gradients of the (N, C, height, width) maps of :func:`subtraction2` without padding."""
-    window = (kernel_size, stride, dilation)
-    sides = [output_side(side, kernel_size, stride, 0, dilation) for side in (height, width)]
-    of_y = of_y.unflatten(3, sides)
-    at_centre = torch.zeros_like(of_y)
-    at_centre[:, :, (kernel_size - 1) // 2 * (kernel_size + 1)] = of_y.sum(2)
-    return spread(at_centre, (height, width), *window), spread(-of_y, (height, width), *window)
-
-
-def aggregation_gradients(
-    of_y: Tensor, value: Tensor, weight: Tensor, kernel_size: int, stride: int, dilation: int
-) -> tuple[Tensor, Tensor]:
-    """The gradients of ``value`` and ``weight`` of :func:`aggregation` without padding."""
-    near = footprint(value, kernel_size, stride, 0, dilation).unflatten(1, (-1, weight.shape[1]))
-    of_y = of_y.unflatten(1, (-1, weight.shape[1])).unsqueeze(3)
-    by_pixel = weight.unflatten(3, of_y.shape[4:]).unsqueeze(1)
-    of_near = (of_y * by_pixel).flatten(1, 2)
-    of_value = spread(of_near, value.shape[2:], kernel_size, stride, dilation)
-    return of_value, (of_y * near).sum(1).flatten(3)
-
-
-def difference_moments_gradients(
-    of_mean: Tensor,
-    of_variance: Tensor,
-    mean: Tensor,
-    centre: Tensor,
-    around: Tensor,
-    kernel_size: int,
-    stride: int,
-    dilation: int,
-) -> tuple[Tensor, Tensor]:
-    """The gradients of both maps of :func:`difference_moments` from those of its results."""
-    exact = centre.double(), around.double()
-    difference = exact[0].unsqueeze(2) - footprint(exact[1], kernel_size, stride, 0, dilation)
-    of_difference = _channel(of_mean) + 2 * _channel(of_variance) * (difference - _channel(mean))
-    of_difference = of_difference / difference[:, 0].numel()
-    of_around = spread(of_difference, around.shape[2:], kernel_size, stride, dilation)
-    return of_difference.sum(2).to(centre.dtype), -of_around.to(around.dtype)
-
-
-def pairwise_attention_gradients(
-    of_y: Tensor,
-    mean: Tensor,
-    variance: Tensor,
-    batch_statistics: bool,
-    centre: Tensor,
-    around: Tensor,
-    value: Tensor,
-    mix: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    to_weight: Tensor,
-    bias: Tensor,
-    eps: float,
-    kernel_size: int,
-    stride: int,
-    dilation: int,
-) -> tuple[Tensor, ...]:
-    """The gradients of ``centre`` … ``bias`` of :func:`pairwise_attention` from that of its first result.
-
-    Args:
-        mean, variance: what the norm used; whether of the batch says ``batch_statistics``.
-    """
-    window = (kernel_size, stride, dilation)
-    a = (centre.unsqueeze(2) + footprint(around, kernel_size, stride, 0, dilation)).relu()
-    h = torch.einsum("ri,nikhw->nrkhw", mix, a)
-    rstd = torch.rsqrt(variance + eps)
-    normed = (h - _channel(mean)) * _channel(rstd)
-    b = (normed * _channel(gamma) + _channel(beta)).relu()
-    weight = (torch.einsum("or,nrkhw->nokhw", to_weight, b) + _channel(bias)).softmax(2)
-
-    of_value, of_weight = aggregation_gradients(
-        of_y.to(weight.dtype), value.to(weight.dtype), weight.flatten(3), *window
-    )
-    of_weight = of_weight.view_as(weight)
-    of_logits = weight * (of_weight - (weight * of_weight).sum(2, keepdim=True))
-    of_norm = torch.einsum("or,nokhw->nrkhw", to_weight, of_logits) * (b > 0)
-    of_gamma, of_beta = ((of_norm * x).sum((0, 2, 3, 4)) for x in (normed, torch.ones_like(normed)))
-    of_h = of_norm
-    if batch_statistics:
-        count = h[:, 0].numel()
-        of_h = of_norm - _channel(of_beta / count) - normed * _channel(of_gamma / count)
-    of_h = of_h * _channel(gamma * rstd)
-    of_a = torch.einsum("ri,nrkhw->nikhw", mix, of_h) * (a > 0)
-    return (
-        of_a.sum(2),
-        spread(of_a, around.shape[2:], *window),
-        of_value.to(value.dtype),
-        torch.einsum("nrkhw,nikhw->ri", of_h, a),
-        of_gamma,
-        of_beta,
-        torch.einsum("nokhw,nrkhw->or", of_logits, b),
-        of_logits.sum((0, 2, 3, 4)),
-    )
-
-
 def mix_patches(
     x: Tensor, scale: Tensor, shift: Tensor, mix: Tensor, kernel_size: int, stride: int = 1, dilation: int = 1
 ) -> Tensor:
@@ -295,26 +225,6 @@ def mix_patches(
     near = footprint(x.to(scale.dtype), kernel_size, stride, 0, dilation)
     a = (near * scale[..., None, None] + shift[..., None, None]).relu()
     return torch.einsum("ork,nrkhw->nohw", mix, a).to(x.dtype)
-
-
-def mix_patches_gradients(
-    of_h: Tensor,
-    x: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    mix: Tensor,
-    kernel_size: int,
-    stride: int,
-    dilation: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, scale, shift and mix of :func:`mix_patches`."""
-    near = footprint(x.to(scale.dtype), kernel_size, stride, 0, dilation)
-    a = (near * scale[..., None, None] + shift[..., None, None]).relu()
-    of_h = of_h.to(scale.dtype)
-    of_norm = torch.einsum("ork,nohw->nrkhw", mix, of_h) * (a > 0)
-    of_x = spread(of_norm * scale[..., None, None], x.shape[2:], kernel_size, stride, dilation)
-    of_mix = torch.einsum("nohw,nrkhw->ork", of_h, a)
-    return of_x.to(x.dtype), (of_norm * near).sum((0, 3, 4)), of_norm.sum((0, 3, 4)), of_mix
 
 
 def bilinear_transform(x: Tensor, p: Tensor, q: Tensor) -> Tensor:
@@ -344,23 +254,6 @@ def bilinear_transform(x: Tensor, p: Tensor, q: Tensor) -> Tensor:
     y = y.reshape(n, channels, height, width)
     # With sides that vary, inductor (torch 2.14) cannot keep a view for a convolution's backward: make a tensor.
     return y.contiguous(memory_format=torch.channels_last) if torch.compiler.is_compiling() else y
-
-
-def bilinear_transform_gradients(
-    of_y: Tensor, x: Tensor, p: Tensor, q: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, P and Q of :func:`bilinear_transform`."""
-    groups, rows, columns = p.shape[1], p.shape[-1], q.shape[-1]
-
-    def matrices(maps: Tensor) -> Tensor:
-        """Every X of a map: (N, k, C/k, t, u, rows, columns)."""
-        cells = maps.unflatten(3, (columns, -1)).unflatten(2, (rows, -1)).unflatten(1, (groups, -1))
-        return cells.permute(0, 1, 2, 4, 6, 3, 5)
-
-    at_x, at_y = matrices(x), matrices(of_y)
-    of_p = torch.einsum("ngctuik,ngctujl,nglk->ngij", at_y, at_x, q)
-    of_q = torch.einsum("ngij,ngctujl,ngctuik->nglk", p, at_x, at_y)
-    return bilinear_transform(of_y, p.mT, q.mT), of_p, of_q
 
 
 def weighted_sum(query: Tensor, value: Tensor) -> Tensor:
@@ -395,19 +288,14 @@ def footprint(
     return windows.permute(0, 1, 4, 5, 2, 3).flatten(2, 3)
 
 
-def spread(x: Tensor, sides: Sequence[int], kernel_size: int, stride: int, dilation: int) -> Tensor:
-    """The gradient of :func:`footprint` without padding: (N, C, K, H', W') → (N, C, \\*sides)."""
-    total = x.new_zeros((*x.shape[:2], *sides))
-    rows, columns = (stride * (side - 1) + 1 for side in x.shape[3:])
-    for position, part in enumerate(x.unbind(2)):
-        u, v = (dilation * offset for offset in divmod(position, kernel_size))
-        total[:, :, u : u + rows : stride, v : v + columns : stride] += part
-    return total
+def standardised(x: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
+    """(N, C, H, W) with mean 0 and variance 1 per channel."""
+    return (x - per_channel(mean)) * per_channel(torch.rsqrt(variance + eps))
 
 
-def _channel(x: Tensor) -> Tensor:
-    """(C,) for tensors (N, C, K, H, W)."""
-    return x.view(-1, 1, 1, 1)
+def per_channel(x: Tensor, trailing: int = 2) -> Tensor:
+    """(C,) → (C, 1, …) with ``trailing`` ones."""
+    return x.view(-1, *[1] * trailing)
 
 
 def pad(x: Tensor, padding: int, pad_mode: str = "reflect") -> Tensor:

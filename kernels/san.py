@@ -12,7 +12,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from kernels import reference, runtime
+from kernels import gradients, reference, runtime
 from kernels.checks import check_alike, check_footprint, check_weight
 from kernels.footprint import Footprint, output_side, same_padding, sizes
 from kernels.runtime import TYPES, Kernel
@@ -94,7 +94,7 @@ def padded_subtraction2_gradients(
     of_y: Tensor, height: int, width: int, kernel_size: int, stride: int, dilation: int
 ) -> tuple[Tensor, Tensor]:
     """The gradients of both padded maps, (N, C, height, width) each."""
-    return reference.subtraction2_gradients(of_y, height, width, kernel_size, stride, dilation)
+    return gradients.subtraction2(of_y, height, width, kernel_size, stride, dilation)
 
 
 @torch.library.custom_op("pairwise::aggregation", mutates_args=())
@@ -108,7 +108,7 @@ def padded_aggregation_gradients(
     of_y: Tensor, value: Tensor, weight: Tensor, kernel_size: int, stride: int, dilation: int
 ) -> tuple[Tensor, Tensor]:
     """The gradients of the padded map and of the weights."""
-    return reference.aggregation_gradients(of_y, value, weight, kernel_size, stride, dilation)
+    return gradients.aggregation(of_y, value, weight, kernel_size, stride, dilation)
 
 
 @padded_subtraction2.register_fake

@@ -17,6 +17,7 @@ from timm.models.resnet import Bottleneck, ResNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.attention.norms import normed
 from common.attention.san import PairwiseAttention, PatchwiseAttention, SelfAttention
 from common.models.recompute import recomputed
 
@@ -36,8 +37,8 @@ class Block(nn.Module):
         self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.sam(self.relu(self.bn1(x)))
-        return x + self.conv(self.relu(self.bn2(y)))
+        y = self.sam(normed(x, self.bn1, self.relu))
+        return x + self.conv(normed(y, self.bn2, self.relu))
 
 
 class SAN(nn.Module):
@@ -111,16 +112,14 @@ class SAN(nn.Module):
                 f"images have shape {tuple(x.shape)}, expected sides of at least {2**self.stages} pixels"
             )
         recompute = self.grad_checkpointing and torch.is_grad_enabled()
-        x = self.act_in(self.bn_in(self.conv_in(x)))
+        x, norm, act = self.conv_in(x), self.bn_in, self.act_in
         for stage in range(self.stages):
-            pool, conv, blocks, norm, act = (
-                getattr(self, f"{name}{stage}") for name in ("pool", "conv", "layer", "bn", "act")
-            )
-            x = conv(pool(x))
+            pool, conv, blocks = (getattr(self, f"{name}{stage}") for name in ("pool", "conv", "layer"))
+            x = conv(normed(x, norm, act, pool))
             for block in blocks:
                 x = recomputed((block,), x) if recompute else block(x)
-            x = act(norm(x))
-        return x
+            norm, act = (getattr(self, f"{name}{stage}") for name in ("bn", "act"))
+        return normed(x, norm, act)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Features (N, num_features, h, w) → logits, or what the classifier sees if ``pre_logits``."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import bat, fbn, noah, pairwise, pairwise_simt, patchwise, reference, runtime, san
+from kernels import bat, fbn, noah, norm, pairwise, pairwise_simt, patchwise, reference, runtime, san
 from tests.kernels.cases import (
     GEOMETRIES,
+    NORMED,
     ON_TENSOR_CORES,
     SAN_STAGES,
     SMALL,
@@ -18,6 +19,7 @@ from tests.kernels.cases import (
     Pairwise,
     assert_close,
     coarse,
+    norm_case,
     pairwise_case,
     patches_case,
     san_case,
@@ -117,6 +119,25 @@ def test_mix_patches(outputs: int, geometry: Geometry, dtype: torch.dtype) -> No
         ("x", "scale", "shift", "mix"), torch.autograd.grad(h, inputs, of_h), wanted
     ):
         assert_close(result, of_exact, dtype, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("shape, window", [*NORMED, ((8, 64, 112, 112), 2), ((8, 256, 56, 56), 1)], ids=str)
+def test_norm_relu(shape: tuple, window: int, dtype: torch.dtype, training: bool) -> None:
+    tensors, statistics, of_y = norm_case(shape, window, dtype, training)
+    exact = [t.double().requires_grad_() for t in tensors]
+    given = [t if t is None else t.double() for t in statistics]
+    want = reference.norm_relu(*exact, *given, 1e-5, window)[0]
+    inputs = [t.cuda().requires_grad_() for t in tensors]
+    known = [t if t is None else t.cuda() for t in statistics]
+    y = norm.norm_relu(*inputs, *known, 1e-5, window)[0]
+    assert_close(y.detach(), want.detach(), dtype, "y")
+    wanted = torch.autograd.grad(want, exact, of_y.double())
+    for name, result, of_exact in zip(
+        ("x", "gamma", "beta"), torch.autograd.grad(y, inputs, of_y.cuda()), wanted
+    ):
+        assert_close(result, of_exact, dtype if name == "x" else inputs[1].dtype, f"gradient of {name}")
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -148,6 +148,32 @@ def patches_case(geometry: Geometry, dtype: torch.dtype, outputs: int, inputs: i
     return [x.to(dtype), *(t.to(real) for t in weights), of_h.to(dtype)]
 
 
+def norm_case(
+    shape: tuple[int, int, int, int], window: int, dtype: torch.dtype, training: bool = True
+) -> tuple[list[Tensor], list[Tensor | None], Tensor]:
+    """A channels-last map, gamma and beta; mean and variance; a gradient."""
+    generator = torch.Generator().manual_seed(shape[1])
+    images, channels, height, width = shape
+    real = torch.promote_types(dtype, torch.float32)
+    x = 2 * torch.randn(shape, generator=generator) + 3
+    gamma, beta, mean, variance = torch.randn(4, channels, generator=generator).to(real)
+    of_y = torch.randn(images, channels, height // window, width // window, generator=generator)
+    x, of_y = (t.to(dtype).contiguous(memory_format=torch.channels_last) for t in (x, of_y))
+    return [x, gamma, beta], [None, None] if training else [mean, variance.abs() + 0.5], of_y
+
+
+NORMED = [
+    # shape, window
+    ((2, 16, 6, 8), 1),
+    ((2, 64, 6, 8), 2),
+    ((3, 5, 7, 5), 2),  # a channel at a time, and borders that no window has
+    ((1, 48, 3, 9), 2),  # columns that are no power of two
+    ((2, 24, 1, 1), 1),
+    ((1, 3, 7, 9), 3),
+    ((1, 2056, 2, 3), 1),  # more channels than a block has
+]
+
+
 def transform_case(sizes: tuple, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A map, P and Q with rows that sum to 1, and a gradient: see TRANSFORMS."""
     images, groups, channels, cells, sides = sizes
@@ -170,6 +196,11 @@ TRANSFORMS = [
     (3, 1, 5, (1, 3), (2, 2)),
     (2, 1, 70, (2, 2), (3, 3)),  # more matrices than threads in a block
 ]
+
+
+def steps(x: Tensor) -> list[int]:
+    """The strides that say anything."""
+    return [stride for size, stride in zip(x.shape, x.stride()) if size > 1]
 
 
 def assert_close(

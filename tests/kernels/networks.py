@@ -17,8 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import image.models  # noqa: F401
 import video.models  # noqa: F401
-from kernels import bat, differences, fbn, noah, pairwise, patchwise, runtime, san
+from kernels import bat, differences, fbn, noah, norm, pairwise, patchwise, runtime, san
 from tests.kernels import emulator
+from tests.kernels.cases import steps
 
 SAN = {"layers": [1, 1, 1], "widths": [64, 128, 256], "kernels": [3, 5, 7], "num_classes": 5}
 BAT = {"layers": [1] * 4, "channels": [8] * 4, "bat_size": 2, "num_classes": 5}
@@ -55,6 +56,8 @@ def replace() -> None:
         (pairwise.pairwise_attention_gradients, pairwise.gradients_by_kernels),
         (differences.moments, differences.moments_by_kernel),
         (differences.moments_gradients, differences.gradients_by_kernel),
+        (norm.norm_relu, norm.norm_relu_by_kernels),
+        (norm.norm_relu_gradients, norm.gradients_by_kernels),
         (patchwise.mix_patches, patchwise.mix_patches_by_kernel),
         (patchwise.mix_patches_gradients, patchwise.gradients_by_kernels),
         (san.padded_subtraction2, san.subtraction2_by_kernel),
@@ -88,11 +91,6 @@ def counted(operator, kernel):  # type: ignore[no-untyped-def]
     return call
 
 
-def steps(x: torch.Tensor) -> list[int]:
-    """The strides that say anything."""
-    return [stride for size, stride in zip(x.shape, x.stride()) if size > 1]
-
-
 def listed(results):  # type: ignore[no-untyped-def]
     return [results] if isinstance(results, torch.Tensor) else list(results)
 
@@ -106,7 +104,8 @@ def made(name: str) -> tuple[torch.nn.Module, torch.Tensor]:
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and module.affine:
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
             torch.nn.init.normal_(module.bias, std=0.3)
-    return model, torch.randn(shape)
+    x = torch.randn(shape)
+    return model, x.contiguous(memory_format=torch.channels_last) if name == "san10_pairwise" else x
 
 
 def distance(results: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:

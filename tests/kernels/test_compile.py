@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import bat, differences, fbn, noah, pairwise_mma, pairwise_simt, patchwise, runtime, san
+from kernels import bat, differences, fbn, noah, norm, pairwise_mma, pairwise_simt, patchwise, runtime, san
 from tests.kernels.cases import ON_TENSOR_CORES, SAN_STAGES, SMALL, Module
 from tests.kernels.emulator import names
 
@@ -37,6 +37,14 @@ def test_sources_without_sizes(source: str, value: torch.dtype, architecture: st
 @pytest.mark.parametrize("real", ["float", "double"])
 def test_moments_of_differences(real: str, architecture: str) -> None:
     check(differences.SOURCE, (("REAL", real),), architecture)
+
+
+@pytest.mark.parametrize("architecture", runtime.ARCHITECTURES)
+@pytest.mark.parametrize("vector, value", [(8, torch.bfloat16), (4, torch.float32), (2, torch.float64)])
+@pytest.mark.parametrize("window", [1, 2])
+def test_norm(window: int, vector: int, value: torch.dtype, architecture: str) -> None:
+    for at_once in (vector, 1):
+        check(norm.SOURCE, norm.defines(at_once, window, value), architecture)
 
 
 @pytest.mark.parametrize("architecture", runtime.ARCHITECTURES)

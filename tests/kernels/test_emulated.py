@@ -11,7 +11,19 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common.attention.bat_video import temporal_transform
-from kernels import bat, differences, fbn, noah, pairwise, pairwise_simt, patchwise, reference, runtime, san
+from kernels import (
+    bat,
+    differences,
+    fbn,
+    gradients,
+    noah,
+    pairwise,
+    pairwise_simt,
+    patchwise,
+    reference,
+    runtime,
+    san,
+)
 from tests.kernels import emulator
 from tests.kernels.cases import (
     GEOMETRIES,
@@ -368,7 +380,7 @@ def test_transform_in_time(channels_last: bool, monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(y, temporal_transform(clips, m))
     flat, of_y, one = clips.flatten(3), torch.randn(3, 6, 4, 10), torch.ones(3, 2, 1, 1)
     results = bat.gradients_by_kernels(of_y, flat, m, one, False)
-    wanted = reference.bilinear_transform_gradients(of_y, flat, m, one)
+    wanted = gradients.bilinear_transform(of_y, flat, m, one)
     torch.testing.assert_close(results[:2], wanted[:2])
     assert not results[2].any()
 

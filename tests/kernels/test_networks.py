@@ -44,6 +44,6 @@ def test_one_compiled_graph_does_the_same(name: str, found: dict) -> None:
 
 @pytest.mark.xdist_group("emulator")
 def test_the_networks_went_through_the_kernels(found: dict) -> None:
-    kinds = ("pairwise", "differences", "patchwise", "san", "bat", "noah", "fbn")
+    kinds = ("pairwise", "differences", "norm", "patchwise", "san", "bat", "noah", "fbn")
     assert {call.split(".")[1] for call in found["calls"]} == set(kinds)
-    assert len(found["calls"]) == 14  # forward and backward of each
+    assert len(found["calls"]) == 16  # forward and backward of each

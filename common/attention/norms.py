@@ -1,0 +1,52 @@
+"""Batch norm followed by ReLU and pooling: one pass over the map where :mod:`kernels.norm` has it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.attention.tiles import update_running, uses_batch
+from kernels import norm as kernel
+
+
+def normed(x: Tensor, norm: Any, act: Any, pool: Any = None) -> Tensor:
+    """``pool(act(norm(x)))``, by one operator for batch norm, ReLU and plain max pooling of channels-last maps.
+
+    Args:
+        x: (N, C, H, W).
+        norm, act, pool: modules; no pool for none.
+    """
+    if _plain(norm, act, pool) and _takes(x):
+        return _by_kernel(x, norm, 1 if pool is None else pool.kernel_size)
+    x = act(norm(x))
+    return x if pool is None else pool(x)
+
+
+def _plain(norm: Any, act: Any, pool: Any) -> bool:
+    if type(norm) is not nn.BatchNorm2d or not norm.affine or type(act) is not nn.ReLU:
+        return False
+    if pool is None:
+        return True
+    others = ("stride", "padding", "dilation", "ceil_mode", "return_indices")
+    found = [getattr(pool, name, None) for name in others]
+    side = getattr(pool, "kernel_size", None)
+    return type(pool) is nn.MaxPool2d and isinstance(side, int) and found == [side, 0, 1, False, False]
+
+
+def _takes(x: Tensor) -> bool:
+    enough = x.dim() == 4 and x[:, 0].numel() > 1  # else torch says what is wrong
+    return enough and x.is_contiguous(memory_format=torch.channels_last) and kernel.runs(x.device, x.dtype)
+
+
+def _by_kernel(x: Tensor, norm: Any, window: int) -> Tensor:
+    known = (None, None) if uses_batch(norm) else (norm.running_mean, norm.running_var)
+    exact = torch.promote_types(x.dtype, torch.float32)
+    y, mean, variance = kernel.norm_relu(
+        x, norm.weight.to(exact), norm.bias.to(exact), *known, norm.eps, window
+    )
+    if norm.training and norm.track_running_stats:
+        count = x[:, 0].numel()
+        update_running(norm, mean, variance * (count / (count - 1)))
+    return y
