@@ -34,6 +34,8 @@ from kernels import bat, noah, norm, pairwise, runtime, san
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 PUBLISHED: dict[str, Any] = json.loads((RESULTS / "published_h200.json").read_text())
 WARM_UP, REPEATS = 5, 8
+MODES = ("fp32", "bf16/channels_last", "bf16/channels_last/compile")
+SAN_MODES = (*MODES, "bf16/channels_last/compile/graphs")  # a SAN starts many small kernels
 
 
 class Network(NamedTuple):
@@ -42,15 +44,15 @@ class Network(NamedTuple):
     name: str
     batch: int
     published: str
-    modes: tuple[str, ...] = ("fp32", "bf16/channels_last", "bf16/channels_last/compile")
+    modes: tuple[str, ...] = MODES
     without_kernels: bool = True
 
 
 NETWORKS = [
-    Network("san10_pairwise", 64, "san10_pairwise"),
-    Network("san19_pairwise", 64, "san19_pairwise", without_kernels=False),
-    Network("san10_patchwise", 64, "san10_patchwise"),
-    Network("san19_patchwise", 64, "san19_patchwise", without_kernels=False),
+    Network("san10_pairwise", 64, "san10_pairwise", SAN_MODES),
+    Network("san19_pairwise", 64, "san19_pairwise", SAN_MODES, without_kernels=False),
+    Network("san10_patchwise", 64, "san10_patchwise", SAN_MODES),
+    Network("san19_patchwise", 64, "san19_patchwise", SAN_MODES, without_kernels=False),
     Network("resnet50_bat", 128, "resnet50_bat"),
     Network("timm/resnet50", 128, "timm_resnet50", without_kernels=False),
     Network("resnet18_noah", 128, "resnet18_noah", ("bf16/channels_last",)),
@@ -162,7 +164,8 @@ def training_step(network: Network, mode: str) -> Callable[[], None]:
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     images = torch.randn(network.batch, 3, 224, 224, device="cuda").to(memory_format=memory_format)
     targets = torch.randint(1000, (network.batch,), device="cuda")
-    forward = torch.compile(model) if "compile" in mode else model
+    compiling = "reduce-overhead" if "graphs" in mode else "default"
+    forward = torch.compile(model, mode=compiling) if "compile" in mode else model
 
     def step() -> None:
         with torch.autocast("cuda", torch.bfloat16, enabled="bf16" in mode):
