@@ -10,6 +10,11 @@ images/cpu  a second of processor time, of all processes together: other program
 decode      the image is decoded at its full size, and its centre kept
 train       a random crop, resized, mirrored and normalised: what a network is trained with
 
+torchvision  the baseline
+torch, dali  the training's own loader, by its backends
+readers      a pipeline of DALI's own: its reader of the form, its shuffling in a buffer, its random crop, its resizing;
+             nothing to resume it by. With as many threads as there are workers, and no processes
+
 Images are synthetic JPEGs of 500×375 pixels and about 60 kB, read from memory (the page cache).
 """
 
@@ -54,7 +59,7 @@ from common.environment import environment, processor
 from common.errors import run_main
 from common.files import atomic_write
 
-BASELINE = "torchvision"
+BASELINE, READERS = "torchvision", "readers"
 CLASSES, WIDTH, HEIGHT, SIDE = 4, 500, 375, 224
 WHOLE_IMAGE = transforms.Compose([transforms.CenterCrop(SIDE), MaybePILToTensor()])
 WHOLE_TENSOR = transforms.Compose([transforms.CenterCrop(SIDE), torch.clone])  # lest it keep all of the image
@@ -68,7 +73,7 @@ class Case:
     name: str
     form: str
     backend: str
-    """``torch``, ``dali``, or ``torchvision`` for the baseline."""
+    """``torch``, ``dali``, ``readers``, or ``torchvision`` for the baseline."""
 
 
 @dataclass
@@ -108,7 +113,11 @@ def main(argv: list[str] | None = None) -> int:
             "kilobytes": round(size / args.images / 1e3, 1),
             "batch": args.batch,
             "rates": measure(cases, root, args),
-            "memory": {case.name: memory(case, root, args.batch, args.epochs) for case in cases},
+            "memory": {
+                case.name: memory(case, root, args.batch, args.epochs)
+                for case in cases
+                if case.backend != READERS  # which have no worker processes
+            },
         }
     print(table(result))
     if args.out:
@@ -180,7 +189,7 @@ def memory(case: Case, root: Path, batch: int, epochs: int) -> list[float]:
 @contextmanager
 def running(case: Case, run: Run) -> Iterator[Iterator[Tensor]]:
     """The case's endless batches; its worker processes have the cores of this one, and end with the block."""
-    stream = (baseline if case.backend == BASELINE else ours)(case, run)
+    stream = {BASELINE: baseline, READERS: readers}.get(case.backend, ours)(case, run)
     next(stream)
     for child in multiprocessing.active_children():
         os.sched_setaffinity(child.pid or 0, os.sched_getaffinity(0))
@@ -229,6 +238,46 @@ def ours(case: Case, run: Run) -> Iterator[Tensor]:
     start = train_batches(images, order, division, 10**9, LoaderConfig(run.workers), _CPU, finish)
     for batch in start(0):
         yield batch.inputs
+
+
+def readers(case: Case, run: Run) -> Iterator[Tensor]:
+    """What one would write with DALI alone."""
+    from nvidia.dali import Pipeline, fn
+
+    augment = AugmentConfig(size=SIDE)
+    name, options = reader(run.root / case.form, case.form)
+    pipe = Pipeline(run.batch, run.workers, None, seed=0, exec_dynamic=True)
+    with pipe:
+        data, labels = getattr(fn.readers, name)(**options, random_shuffle=True)
+        if run.mode == "train":
+            images = fn.decoders.image_random_crop(
+                data, random_area=augment.scale, random_aspect_ratio=augment.ratio
+            )
+            images = fn.crop_mirror_normalize(
+                fn.resize(images, size=(SIDE, SIDE)),
+                mean=[255 * mean for mean in augment.mean],
+                std=[255 * std for std in augment.std],
+                mirror=fn.random.coin_flip(probability=augment.hflip),
+                output_layout="CHW",
+            )
+        else:
+            images = fn.transpose(fn.crop(fn.decoders.image(data), crop=(SIDE, SIDE)), perm=[2, 0, 1])
+        pipe.set_outputs(images, labels)
+    pipe.build()
+    while True:
+        images, _ = pipe.run()
+        yield torch.from_dlpack(images.as_tensor())
+
+
+def reader(root: Path, form: str) -> tuple[str, dict[str, Any]]:
+    """DALI's reader of a form, and where it finds the training split."""
+    if form == "folder":
+        return "file", {"file_root": str(root / "train")}
+    if form == "recordio":
+        return "mxnet", {"path": [str(root / "train.rec")], "index_path": [str(root / "train.idx")]}
+    shards = sorted(root.glob("train-*.tar"))
+    indexes = [str(shard.with_suffix(".idx")) for shard in shards]
+    return "webdataset", {"paths": [*map(str, shards)], "index_paths": indexes, "ext": ["jpg", "cls"]}
 
 
 def whole_images(case: Case, run: Run) -> ImageSet:
@@ -307,26 +356,26 @@ def private_memory(process: int) -> int:
 def table(result: dict[str, Any]) -> str:
     """The numbers for the terminal."""
     lines = [
-        f"{'':24} {'workers':>7} {'images/s':>9} {'share':>6} {'images/cpu s':>13} {'share':>6} quartiles"
+        f"{'':25} {'workers':>7} {'images/s':>9} {'share':>6} {'images/cpu s':>13} {'share':>6} quartiles"
     ]
     line = (
-        "{mode:6} {case:17} {workers:7} {images_per_s:9} {share:6.2f} {images_per_cpu_s:13} {share_cpu:6.2f} "
+        "{mode:6} {case:18} {workers:7} {images_per_s:9} {share:6.2f} {images_per_cpu_s:13} {share_cpu:6.2f} "
     )
     lines += [
         line.format(**entry) + " to ".join(f"{share:.2f}" for share in entry["share_cpu_quartiles"])
         for entry in result["rates"]
     ]
     lines.append("memory of a worker after each epoch, MB")
-    lines += [f"       {name:17} {' '.join(map(str, values))}" for name, values in result["memory"].items()]
+    lines += [f"       {name:18} {' '.join(map(str, values))}" for name, values in result["memory"].items()]
     return "\n".join(lines)
 
 
 def _is_there(backend: str) -> bool:
-    if backend == "dali":
+    if backend in ("dali", READERS):
         try:
             import nvidia.dali  # noqa: F401
         except ImportError:
-            print("DALI is not installed: left out", file=sys.stderr)
+            print(f"DALI is not installed: {backend} left out", file=sys.stderr)
             return False
     return True
 
@@ -343,7 +392,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=7, help="runs of each case")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2], help="worker processes, and cores")
     parser.add_argument("--modes", nargs="+", default=["decode", "train"], choices=["decode", "train"])
-    parser.add_argument("--backends", nargs="+", default=["torch", "dali"], choices=["torch", "dali"])
+    backends = ["torch", "dali", READERS]
+    parser.add_argument("--backends", nargs="+", default=backends, choices=backends)
     parser.add_argument("--epochs", type=int, default=40, help="over which a worker's memory is watched")
     parser.add_argument(
         "--folder", type=Path, help="where the images are made; the system's temporary folder"

@@ -20,17 +20,10 @@ from common.data.loader import FILLER, UNREADABLE, Unreadable, evaluation_loader
 from common.data.order import Division, Draw, Order
 from common.data.quarantine import Quarantine, count, describe
 from common.errors import UserError
+from tests.common.data.backends import CPU, same
 from tests.common.data.forms import FORM_NAMES, few_digits, write_split
 
 AUGMENT = AugmentConfig(size=32, auto="rand-m9-mstd0.5-inc1", color_jitter=0.4, erasing=0.5)
-CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    path = tmp_path_factory.mktemp("digits") / "digits"
-    prepare_digits(path, "folder")
-    return path
 
 
 def batches(path, workers, start=0, steps=4, world=1, rank=0, seed=0, augment=AUGMENT):
@@ -39,10 +32,6 @@ def batches(path, workers, start=0, steps=4, world=1, rank=0, seed=0, augment=AU
     order, division = Order(len(data.source), seed), Division(16, 1, world, rank)
     make = train_batches(data, order, division, steps, config, CPU, Normalize(augment, CPU))
     return list(make(start))
-
-
-def same(a, b):
-    return torch.equal(a.inputs, b.inputs) and torch.equal(a.targets, b.targets)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
