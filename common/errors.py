@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -25,8 +26,14 @@ class ConfigError(UserError):
     """A bad setting: found alike on every rank, so only one rank per node prints it."""
 
 
+_OUTSIDE = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE)
+)
+"""Errors of the system that say that a disk or a permission is at fault, not this program."""
+
+
 def run_main(main: Callable[[], int | None]) -> None:
-    """Run a script's ``main`` and exit the process with its code; a :class:`UserError` becomes one line."""
+    """Run a script's ``main`` and exit the process with its code; what is the user's to mend becomes one line."""
     try:
         code = main() or 0
     except UserError as error:
@@ -38,6 +45,15 @@ def run_main(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:  # `… | head` closed our output: not worth a traceback
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+    except OSError as error:
+        if error.errno not in _OUTSIDE:
+            raise
+        _print(
+            RunError(
+                f"{error.filename or 'a file'}: {error.strerror}; mend that and run the same command again"
+            )
+        )
+        code = RunError.exit_code
     sys.exit(code)
 
 

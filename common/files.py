@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -10,9 +11,9 @@ import socket
 import threading
 import uuid
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,23 +26,66 @@ _SYNC_EVERY = 16 << 20
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """A binary file that appears at ``path``, synced, when the block ends; removed if the block raises."""
+    """A binary file that appears at ``path``, synced, when the block ends; removed if the block raises.
+
+    What a killed process of this machine left behind is removed first.
+
+    Raises:
+        OSError: it cannot be written; it names ``path``.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = path.with_name(f"{_temporary(path)}.tmp")
     try:
+        _remove_leftovers(path)
         with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        _name(error, path)
         raise
     sync(path.parent)
 
 
+def append_line(path: str | Path, entry: Mapping[str, Any]) -> None:
+    """Add an entry to a ``.jsonl`` file: by one write, so that lines of several processes do not mix.
+
+    Raises:
+        OSError: it cannot be written; it names ``path``.
+    """
+    line = json.dumps(entry).encode() + b"\n"
+    try:
+        with open(path, "ab+", buffering=0) as file:
+            if file.seek(0, os.SEEK_END) and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+                line = b"\n" + line  # apart from a line that a full disk has cut off
+            while (
+                line
+            ):  # of a disk that is nearly full the first write takes a part, and the next one says why
+                line = line[file.write(line) :]
+    except OSError as error:
+        _name(error, path)
+        raise
+
+
+def read_lines(path: str | Path) -> list[dict[str, Any]]:
+    """The entries of a ``.jsonl`` file, none if there is no file; lines that were cut off are left out."""
+    path = Path(path)
+    return entries(path.read_bytes()) if path.is_file() else []
+
+
+def entries(lines: bytes) -> list[dict[str, Any]]:
+    """The JSON objects in ``lines``, one a line; what is none is left out."""
+    found = []
+    for line in lines.splitlines():
+        with suppress(ValueError, RecursionError):
+            found.append(json.loads(line))
+    return [entry for entry in found if isinstance(entry, dict)]
+
+
 @contextmanager
-def atomic_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
+def atomic_folder(path: str | Path, replace: bool = False, aside: Path | None = None) -> Iterator[Path]:
     """A new folder that becomes ``path``, synced, when the block ends; removed if the block raises.
 
     What a killed process of this machine left behind is removed first.
@@ -49,6 +93,8 @@ def atomic_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
     Args:
         path: missing or an empty folder; missing parents are made.
         replace: a folder already at ``path`` is put aside, and removed once the new one is in its place.
+        aside: where it is put, which a kill in just that moment leaves; by default a hidden place, and the next call
+            removes it.
 
     Raises:
         FileExistsError: ``path`` is there when the block ends, and not empty.
@@ -56,14 +102,15 @@ def atomic_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
-    name = f"{_mark(path)}{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    partial, aside = path.with_name(f"{name}.partial"), path.with_name(f"{name}.old")
+    name = _temporary(path)
+    partial, aside = path.with_name(f"{name}.partial"), aside or path.with_name(f"{name}.old")
     partial.mkdir()
     try:
         yield partial
         for folder, _, files in os.walk(partial):
             sync_all([folder, *(os.path.join(folder, name) for name in files)])
         if replace and path.exists():
+            shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
         try:
             partial.rename(path)
@@ -77,7 +124,8 @@ def atomic_folder(path: str | Path, replace: bool = False) -> Iterator[Path]:
             aside.rename(path)
         raise
     sync(path.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    if replace:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def sync_all(paths: Iterable[str | Path]) -> None:
@@ -220,14 +268,28 @@ class _Opened(threading.local):
         return self.descriptors[path]
 
 
+def _name(error: BaseException, path: str | Path) -> None:
+    # The errors of a write do not say of which file.
+    if isinstance(error, OSError) and error.filename is None:
+        error.filename = str(path)
+
+
 def _mark(path: Path) -> str:
     return f".{path.name}.{socket.gethostname()}-"
 
 
+def _temporary(path: Path) -> str:
+    return f"{_mark(path)}{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+
 def _remove_leftovers(path: Path) -> None:
     for entry in os.listdir(path.parent):
-        found = re.fullmatch(rf"{re.escape(_mark(path))}(\d+)-[0-9a-f]{{8}}\.(partial|old)", entry)
-        if found and not _runs(int(found[1])):
+        found = re.fullmatch(rf"{re.escape(_mark(path))}(\d+)-[0-9a-f]{{8}}\.(tmp|partial|old)", entry)
+        if found is None or _runs(int(found[1])):
+            continue
+        if found[2] == "tmp":
+            (path.parent / entry).unlink(missing_ok=True)
+        else:
             shutil.rmtree(path.parent / entry, ignore_errors=True)
 
 

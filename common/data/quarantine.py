@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from common.data.loader import Unreadable
 from common.errors import RunError
+from common.files import append_line, entries, read_lines
 
 _NAMED = 10
 """Files that a line names."""
@@ -24,8 +24,7 @@ def count(samples: Iterable[Mapping[str, Any]]) -> tuple[Counter[str], Counter[s
 
 def describe(path: Path) -> str:
     """What the quarantine.jsonl at ``path`` lists, in a line: how many of which kind, in which files; empty if none."""
-    lines = path.read_bytes().splitlines() if path.is_file() else []
-    reasons, shards = count(json.loads(line) for line in lines if line.endswith(b"}"))
+    reasons, shards = count(read_lines(path))
     kinds = ", ".join(f"{number} {reason}" for reason, number in reasons.most_common())
     return (
         f"unreadable samples: {reasons.total()} ({kinds}); {in_files(shards)}; see {path}" if reasons else ""
@@ -39,18 +38,19 @@ def in_files(shards: Mapping[str, int]) -> str:
 
 
 class Quarantine:
-    """The list of a run's unreadable samples, each once.
+    """The list of a run's unreadable samples, each once: of all its processes and starts.
 
     Args:
-        path: the ``quarantine.jsonl`` to continue.
-        limit: unreadable training samples, seen by this process, above which the run stops.
+        path: the ``quarantine.jsonl`` to continue, which all processes see.
+        limit: unreadable training samples in the list above which the run stops.
     """
 
     def __init__(self, path: Path, limit: float) -> None:
         self.path, self.limit = path, limit
-        lines = path.read_bytes().splitlines() if path.is_file() else []
-        self.known = {Unreadable(**json.loads(line)) for line in lines if line.endswith(b"}")}
-        self.training: set[Unreadable] = set()
+        self.known: set[tuple[str, str]] = set()
+        self.training: set[tuple[str, str]] = set()
+        self._read = 0
+        self._hear()
 
     def add(self, samples: Iterable[Unreadable], training: bool) -> None:
         """Note samples.
@@ -58,16 +58,30 @@ class Quarantine:
         Raises:
             RunError: more training samples than the limit are unreadable.
         """
+        last = ""
         for sample in samples:
-            if sample not in self.known:
-                self.known.add(sample)
-                with self.path.open("ab", buffering=0) as file:  # one write: processes' lines do not mix
-                    file.write(json.dumps(sample._asdict()).encode() + b"\n")
-            if training:
-                self.training.add(sample)
-        if len(self.training) > self.limit:
+            if (sample.shard, sample.where) not in self.known:
+                self._hear()
+            if (sample.shard, sample.where) not in self.known:
+                append_line(self.path, sample._asdict() | {"training": training})
+                self._hear()
             last = f"{sample.where} ({sample.reason}: {sample.detail})"
+        if training and last and len(self.training) > self.limit:
             raise RunError(
                 f"{len(self.training)} unreadable training samples, more than data.max_unreadable allows; "
                 f"the last: {last}; {describe(self.path)}"
             )
+
+    def _hear(self) -> None:
+        """Take in what all processes have listed since."""
+        if not self.path.is_file():
+            return
+        with self.path.open("rb") as file:
+            file.seek(self._read)
+            lines = file.read()
+        self._read += lines.rfind(b"\n") + 1
+        for entry in entries(lines):
+            sample = (entry.get("shard", ""), entry.get("where", ""))
+            self.known.add(sample)
+            if entry.get("training"):
+                self.training.add(sample)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import sys
@@ -26,8 +27,8 @@ from torch import Tensor
 
 from common.engine.parts import Part, Stored, encode
 from common.engine.ranks import Ranks
-from common.errors import RunError
-from common.files import atomic_folder, sha256, sync_all
+from common.errors import ConfigError, RunError
+from common.files import atomic_folder, sha256, sync, sync_all
 
 _ALONE = Ranks()
 _UNSEEN_SECONDS = 60  # longer than network file systems keep what they knew of a folder
@@ -58,28 +59,42 @@ class CheckpointError(RunError):
     """A checkpoint that cannot be written or read; the message is one line for the user."""
 
 
-def save(folder: Path, step: int, content: Mapping[str, Any], ranks: Ranks = _ALONE) -> Path:
+class RefusedError(CheckpointError):
+    """A checkpoint that a run cannot go on from: bad input, whereas a write fails in the middle of a run."""
+
+    exit_code = 2
+
+
+def save(
+    folder: Path, step: int, content: Mapping[str, Any], ranks: Ranks = _ALONE, log: Path | None = None
+) -> Path:
     """Write the checkpoint of ``step`` into ``folder``. All ranks call this, each with the files that it writes.
+
+    One that is there of the same step is ``step-….old`` until the new one is in its place.
 
     Args:
         folder: of a file system that all ranks share.
         content: file name → state dict, or parts of one (``.safetensors``), plain data (``.json``), or nested dicts
             of tensors and numbers (``.pt``).
+        log: a file that must be on the disk before, since a resumed run does not write again what is in it.
 
     Raises:
         CheckpointError: on all ranks, if one cannot write, for example because the disk is full; what was there
             stays.
     """
     final = folder / f"step-{step:09d}"
+    old = final.with_name(f"{final.name}.old")
     try:
         with ExitStack() as stack:
-            name = ranks.first(lambda: stack.enter_context(atomic_folder(final, replace=True)).name)
+            name = ranks.first(lambda: stack.enter_context(atomic_folder(final, True, old)).name)
             aside = folder / name
             written = ranks.each(lambda: _write(aside, content))
 
             def finish() -> None:
                 manifest = {name: entry for entries in written for name, entry in entries.items()}
                 (aside / "manifest.json").write_bytes(_encode("manifest.json", manifest))
+                if log is not None and log.is_file():
+                    sync(log)
                 stack.close()
 
             ranks.first(finish)
@@ -92,9 +107,33 @@ def save(folder: Path, step: int, content: Mapping[str, Any], ranks: Ranks = _AL
     return final
 
 
+def to_continue(folder: Path, ranks: Ranks = _ALONE) -> Path | None:
+    """The checkpoint that a run in ``folder`` goes on from; None where there is none. All ``ranks`` call this.
+
+    Raises:
+        ConfigError: the folder cannot be read, or all are damaged. To begin anew would remove what might be mended, and
+            the run's log.
+    """
+    problem = None
+    try:
+        os.listdir(folder)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        problem = error.strerror
+    if problem := next(filter(None, ranks.gather(problem)), None):
+        raise ConfigError(f"{folder}: {problem}; a run keeps its checkpoints there")
+    path = newest(folder, ranks)
+    if path is None and ranks.gather(bool(_newest_first(folder)))[0]:
+        raise ConfigError(
+            f"{folder}: every checkpoint is damaged or unreadable; mend one, or remove the folder to train anew"
+        )
+    return path
+
+
 def newest(folder: Path, ranks: Ranks = _ALONE) -> Path | None:
     """The newest undamaged checkpoint in ``folder``; damaged ones are named in a warning. All ``ranks`` call this."""
-    for name in ranks.gather(sorted((path.name for path in folder.glob("step-*")), reverse=True))[0]:
+    for name in ranks.gather([path.name for path in _newest_first(folder)])[0]:
         path = folder / name
         problem = next(filter(None, ranks.gather(damage(path, ranks))), None)
         if problem is None:
@@ -107,17 +146,29 @@ def newest(folder: Path, ranks: Ranks = _ALONE) -> Path | None:
     return None
 
 
+def is_newest(folder: Path, path: Path | None) -> bool:
+    """Whether ``path`` is there, or is None, and no undamaged checkpoint in ``folder`` is newer."""
+    for found in _newest_first(folder):
+        if found == path:
+            return True
+        if damage(found) is None:
+            return False
+    return path is None
+
+
 def damage(path: Path, ranks: Ranks = _ALONE) -> str | None:
     """What is wrong with the checkpoint, or None; of several ``ranks`` each looks at some of the files."""
     try:
         manifest = json.loads((path / "manifest.json").read_bytes())
+        if not isinstance(manifest, dict) or not manifest:
+            return "manifest.json lists nothing"
         for name in sorted(manifest)[ranks.rank :: ranks.world]:
             if not (path / name).is_file():
                 return f"{name} is missing"
             found = _digest(path / name)
             if found != manifest[name]:
                 return f"{name} has {found['bytes']} bytes, SHA-256 {found['sha256'][:12]}…, not as written"
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return str(error)
     return None
 
@@ -126,7 +177,7 @@ def load(path: Path, name: str) -> Any:
     """One file of a checkpoint, put together if it is in parts: state dicts and plain data only, never code.
 
     Raises:
-        CheckpointError: the file is missing or carries more than data.
+        RefusedError: the file is missing or carries more than data.
     """
     try:
         if name.endswith(".safetensors"):
@@ -135,7 +186,7 @@ def load(path: Path, name: str) -> Any:
         if name.endswith(".json"):
             return json.loads((path / name).read_bytes())
         return _load_pt(path / name)
-    except CheckpointError:
+    except RefusedError:
         raise
     except Exception as error:
         raise _refusal(path / name, error) from None
@@ -147,7 +198,7 @@ def tensors(path: Path, kind: str) -> Stored:
     The optimizer's are ``PARAMETER.KEY``, such as ``head.weight.momentum_buffer``.
 
     Raises:
-        CheckpointError: files are missing, or carry more than data.
+        RefusedError: files are missing, or carry more than data.
     """
     stored = Stored()
     for file in _files(path, kind):
@@ -175,18 +226,33 @@ def part_name(kind: str, rank: int, world: int) -> str:
     return f"{kind}-{rank + 1}-of-{world}.safetensors"
 
 
-def prune(folder: Path, keep: int, best_step: int | None) -> None:
-    """Remove all but the newest ``keep`` checkpoints and the best one, and what a killed process left half written."""
+def prune(folder: Path, last: Path, keep: int, best_step: int | None) -> None:
+    """Remove all checkpoints but the best one and the newest ``keep`` up to ``last``, where the run stands.
+
+    Later ones are damaged, else the run would stand there. What a killed process left half written goes too.
+    """
     for path in folder.glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
-    for path in sorted(folder.glob("step-*"), reverse=True)[keep:]:
-        if step_of(path) != best_step:
+    paths = _newest_first(folder)
+    intact: dict[int | None, Path] = {}
+    for path in paths[paths.index(last) :]:
+        intact.setdefault(step_of(path), path)
+    kept = [*list(intact.values())[:keep], intact.get(best_step)]
+    for path in paths:
+        if path not in kept:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def step_of(path: Path) -> int:
     """The step in a checkpoint's name."""
-    return int(path.name.removeprefix("step-"))
+    return int(path.stem.removeprefix("step-"))
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    """Folders with a checkpoint's name; an ``.old`` one, which a kill has left, behind the one of its step."""
+    named = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{9,}(\.old)?", path.name))
+    found = [path for path in named if path.is_dir()]
+    return sorted(found, key=lambda path: (step_of(path), path.suffix == ""), reverse=True)
 
 
 def _write(folder: Path, content: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -240,10 +306,10 @@ def _files(path: Path, kind: str) -> list[Path]:
     files = [path / part_name(kind, rank, world) for rank in range(world)]
     for file in files or [path / f"{kind}.safetensors"]:
         if not file.is_file():
-            raise CheckpointError(f"{file}: missing")
+            raise RefusedError(f"{file}: missing")
     return files
 
 
-def _refusal(path: Path, error: Exception) -> CheckpointError:
+def _refusal(path: Path, error: Exception) -> RefusedError:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return CheckpointError(f"{path}: refused or unreadable ({reason[:150]})")
+    return RefusedError(f"{path}: refused or unreadable ({reason[:150]})")

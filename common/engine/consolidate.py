@@ -13,11 +13,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import yaml
 from safetensors.torch import save
 
 from common.engine.checkpoint import damage, holds, load, newest, step_of
-from common.engine.run import run_of
+from common.engine.run import read_file, run_of
 from common.errors import ConfigError, UserError, run_main
 from common.files import atomic_write
 
@@ -45,7 +44,7 @@ def consolidate(source: Path, out: Path, plain: bool = False) -> str:
         raise ConfigError(f"{str(out)!r}: expected a name that ends in .safetensors, in a folder that exists")
     averaged = not plain and holds(checkpoint, "ema")
     state = load(checkpoint, "ema.safetensors" if averaged else "model.safetensors")
-    model = str(yaml.safe_load((run / "config.yaml").read_text())["model"]["name"])
+    model = str(read_file(run / "config.yaml")["model"]["name"])
     about = {"format": "pt", "model": model, "run": run.name, "step": str(step_of(checkpoint))}
     try:
         with atomic_write(out) as file:

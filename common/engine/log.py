@@ -9,9 +9,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from torch.utils.tensorboard import SummaryWriter
 
-from common.engine.run import Run
+from common.engine.board import Board
+from common.engine.run import Run, read_metrics
+from common.files import append_line
 
 
 @dataclass
@@ -33,15 +34,16 @@ class Log:
 
     def __init__(self, run: Run, config: LogConfig, steps: int, start: int, main: bool) -> None:
         self.run, self.steps, self.main = run, steps, main
-        self.board = None
+        self.board: Board | None = None
         self.bar: Progress | None = None
         if not main:
             return
         if config.tensorboard:
-            # Entries after the step that we resume from are written again: hide the old ones.
-            self.board = SummaryWriter(
-                str(run.folder / "tensorboard"), purge_step=start + 1 if start else None
-            )
+            # What an earlier process wrote of this step is hidden too: its evaluation may come again.
+            self.board = Board(run.folder / "tensorboard", start)
+            for entry in read_metrics(run.folder):
+                if entry["step"] == start:
+                    self._draw(entry)
         console = Console(file=sys.stdout)
         if console.is_terminal:
             self.bar = Progress(BarColumn(20), TextColumn("{task.description}"), console=console)
@@ -83,19 +85,23 @@ class Log:
             print(line, flush=True)
 
     def close(self) -> None:
-        """Stop the bar and write out the event file."""
+        """Stop the bar and close the event file."""
         if self.bar:
             self.bar.stop()
         if self.board:
             self.board.close()
 
     def _record(self, split: str, step: int, epoch: float, values: dict[str, Any]) -> None:
-        entry = {"split": split, "step": step, "epoch": round(epoch, 6), "time": round(time.time(), 3)}
-        self.run.append("metrics.jsonl", entry | values)
+        about = {"split": split, "step": step, "epoch": round(epoch, 6), "time": round(time.time(), 3)}
+        append_line(self.run.metrics, about | values)
         if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(f"{split}/{name}", value, step)
-            self.board.flush()
+            self._draw(about | values)
+
+    def _draw(self, entry: dict[str, Any]) -> None:
+        assert self.board
+        values = {key: value for key, value in entry.items() if key not in ("split", "step", "epoch", "time")}
+        scalars = {f"{entry['split']}/{key}": value for key, value in values.items()}
+        self.board.add(entry["step"], entry["time"], scalars)
 
 
 def _clock(seconds: float) -> str:

@@ -11,8 +11,10 @@ evaluation.json  the last evaluation, with the confusion matrix
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import sys
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,7 +22,9 @@ import yaml
 
 from common.environment import environment
 from common.errors import UserError
-from common.files import atomic_write
+from common.files import append_line, atomic_write, read_lines
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # such as Lustre mounted without flock
 
 
 class Run:
@@ -35,11 +39,11 @@ class Run:
         """The folder of checkpoints."""
         return self.folder / "checkpoints"
 
-    def open(self, config: dict[str, Any], world: int, device: str) -> None:
-        """Create the folder, lock it, and record the configuration and this start.
+    def lock(self) -> None:
+        """Create the folder and lock it, as long as this process lives.
 
         Raises:
-            UserError: another process trains in this folder, or it cannot be made.
+            UserError: another process trains in this folder, or it cannot be made or written.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -50,34 +54,44 @@ class Run:
                 f"out = {str(self.folder)!r}: another process is training in this folder"
             ) from None
         except OSError as error:
-            raise UserError(f"out = {str(self.folder)!r}: cannot be made ({error.strerror})") from None
+            if error.errno not in _NO_LOCKS:
+                raise UserError(f"out = {str(self.folder)!r}: cannot be written ({error.strerror})") from None
+            print(
+                f"warning: the file system of {self.folder} has no locks ({error.strerror}): see to it yourself that "
+                "only one run writes there",
+                file=sys.stderr,
+            )
+
+    def record(self, config: dict[str, Any], world: int, device: str) -> None:
+        """Write the configuration and a line about this start."""
         with atomic_write(self.folder / "config.yaml") as file:
             file.write(yaml.safe_dump(config, sort_keys=False).encode())
-        self.append("starts.jsonl", {"world": world, "device": device} | environment())
+        append_line(self.folder / "starts.jsonl", {"world": world, "device": device} | environment())
 
-    def append(self, name: str, entry: dict[str, Any]) -> None:
-        """Add a line to a ``.jsonl`` file; one write, so that lines of several processes do not mix."""
-        with (self.folder / name).open("ab", buffering=0) as file:
-            file.write(json.dumps(entry).encode() + b"\n")
+    @property
+    def metrics(self) -> Path:
+        """The file of log entries and evaluations."""
+        return self.folder / "metrics.jsonl"
 
-    def rewind(self, step: int) -> None:
-        """Drop the metrics after ``step``, which a resumed run will write again."""
-        path = self.folder / "metrics.jsonl"
-        if not path.is_file():
+    def rewind(self, step: int, evaluated_step: int) -> None:
+        """Drop the metrics after ``step``, and the evaluations after ``evaluated_step``: they will be written again."""
+        if not self.metrics.is_file():
             return
-        lines = [
-            line
-            for line in path.read_bytes().splitlines()
-            if _is_entry(line) and json.loads(line)["step"] <= step
-        ]
-        with atomic_write(path) as file:
-            file.writelines(line + b"\n" for line in lines)
+        last = {"train": step, "val": evaluated_step}
+        with atomic_write(self.metrics) as file:
+            for entry in read_metrics(self.folder):
+                if entry["step"] <= last[entry["split"]]:
+                    file.write(json.dumps(entry).encode() + b"\n")
 
 
 def run_of(path: str | Path) -> Path | None:
     """The run's folder that ``path`` is, or that the checkpoint ``path`` lies in; None for anything else."""
     path = Path(path)
-    candidates = [path, *path.absolute().parents[:2]]
+    whole = path.absolute()
+    candidates = [
+        path,
+        *(above.parent for above in (whole, *whole.parents[:2]) if above.name == "checkpoints"),
+    ]
     return next((folder for folder in candidates if (folder / "config.yaml").is_file()), None)
 
 
@@ -88,15 +102,21 @@ def write_json(path: Path, content: dict[str, Any]) -> Path:
     return path
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The entries of a run's metrics.jsonl, in order; a last line cut off by a kill is left out."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_bytes().splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if _is_entry(line)]
+def read_file(path: Path) -> dict[str, Any]:
+    """A run's config.yaml or evaluation.json.
 
-
-def _is_entry(line: bytes) -> bool:
+    Raises:
+        UserError: it is damaged.
+    """
     try:
-        return isinstance(json.loads(line), dict)
-    except ValueError:
-        return False
+        content = (json.loads if path.suffix == ".json" else yaml.safe_load)(path.read_bytes())
+    except (ValueError, RecursionError, yaml.YAMLError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged, and not what a training writes")
+    return content
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The entries of a run's metrics.jsonl, in order; a line cut off by a kill or a full disk is left out."""
+    return [entry for entry in read_lines(folder / "metrics.jsonl") if entry.get("split") in ("train", "val")]

@@ -49,6 +49,9 @@ _FREE = (
 )
 
 
+_STATE = ("identity", "meter", "evaluation", "scaler")
+
+
 @dataclass
 class Progress:
     """How far a run is."""
@@ -112,8 +115,9 @@ def restore(trainer: Trainer, path: Path) -> None:
 
     Raises:
         UserError: model, data or settings changed since; all that differs is listed.
+        RefusedError: something is missing in it.
     """
-    state = checkpoint.load(path, "state.json")
+    state = _read(path)
     changed = differences(state["identity"], trainer.identity)
     if changed:
         raise UserError(
@@ -132,9 +136,20 @@ def restore(trainer: Trainer, path: Path) -> None:
         parallel.load_own_state(trainer.ema.module, checkpoint.tensors(path, "ema"))
     if trainer.accelerator.scaler and state["scaler"]:
         trainer.accelerator.scaler.load_state_dict(state["scaler"])
-    trainer.progress = Progress(**state["progress"])
+    trainer.progress = state["progress"]
     trainer.evaluation = state["evaluation"]
     trainer.meter.sums.copy_(torch.tensor(state["meter"], dtype=torch.float64))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The state of the checkpoint at ``path``."""
+    state = checkpoint.load(path, "state.json")
+    try:
+        return {key: state[key] for key in _STATE} | {"progress": Progress(**state["progress"])}
+    except (KeyError, TypeError):
+        raise checkpoint.RefusedError(
+            f"{path / 'state.json'}: written by another version of pairwise"
+        ) from None
 
 
 def _files(kind: str, state: dict[str, Any], trainer: Trainer) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from common.engine.setup import seed_step
 from common.engine.sync_bn import synchronise
 from common.engine.worst import Worst
 from common.engine.writer import Writer
-from common.errors import ConfigError, RunError
+from common.errors import ConfigError, RunError, UserError
 from common.weights import load_weights
 
 
@@ -83,7 +83,7 @@ class Trainer:
         self.identity = state.identity(config, model, data.fingerprint)
         self.run = Run(config.out)
         self.ranks = all_ranks(config.train.timeout_minutes)
-        self.writer = Writer(self.run.checkpoints, config.checkpoint, self.ranks)
+        self.writer = Writer(self.run.checkpoints, config.checkpoint, self.ranks, self.run.metrics)
         self.progress = state.Progress()
         self.evaluation: dict[str, float] | None = None
         self.meter = TrainMeter(accelerator.device)
@@ -210,6 +210,7 @@ class Trainer:
         every, minutes = self.config.checkpoint.every_steps, self.config.checkpoint.every_minutes
         if self.accelerator.is_main_process and minutes and time.monotonic() > self.saved_at + 60 * minutes:
             self.requests.ask(Request.SAVE)  # clocks differ between ranks: the main process's counts
+            self.saved_at = time.monotonic()  # asked once, although several ranks hear of it a step later
         asked = self._poll()
         if asked is Request.FAIL:
             self.writer.wait()
@@ -265,7 +266,7 @@ class Trainer:
 
     def _prepare(self, model: nn.Module) -> None:
         train, accelerator = self.config.train, self.accelerator
-        self.checkpoint = checkpoint.newest(self.run.checkpoints, self.ranks)
+        self.checkpoint = checkpoint.to_continue(self.run.checkpoints, self.ranks)
         if self.config.weights and not self.checkpoint:
             self.say(load_weights(model, self.config.weights, self.config.weights_strict))
         if train.channels_last:
@@ -305,10 +306,19 @@ class Trainer:
         """Open the run's folder and start its clock, log and signal handlers. All ranks call this."""
         main, accelerator = self.accelerator.is_main_process, self.accelerator
         if main:
-            self.run.open(self.identity["config"], accelerator.num_processes, str(accelerator.device))
-            self.run.rewind(self.progress.step)
+            self.run.lock()
+            if not checkpoint.is_newest(self.run.checkpoints, self.checkpoint):
+                raise UserError(
+                    f"out = {str(self.run.folder)!r}: another process has trained there meanwhile; the same "
+                    "command continues from its checkpoint"
+                )
+            self.run.record(self.identity["config"], accelerator.num_processes, str(accelerator.device))
+            if self.checkpoint:
+                keep, best = self.config.checkpoint.keep, self.progress.best_step
+                checkpoint.prune(self.run.checkpoints, self.checkpoint, keep, best)
+            self.run.rewind(self.progress.step, self.progress.evaluated_step)
         accelerator.wait_for_everyone()
-        limit = self.data.max_unreadable * self.data.samples / accelerator.num_processes
+        limit = self.data.max_unreadable * self.data.samples
         self.quarantine = Quarantine(self.run.folder / "quarantine.jsonl", limit)
         self.log = Log(self.run, self.config.log, self.steps, self.progress.step, main)
         self.requests, self.asked = Requests(self.config.train.timeout_minutes), Request.NOTHING

@@ -23,8 +23,10 @@ class Writer:
     :meth:`wait`. All ranks have a writer and call both.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig, ranks: Ranks | None = None) -> None:
-        self._folder, self._keep, self._ranks = folder, config.keep, ranks or Ranks()
+    def __init__(
+        self, folder: Path, config: CheckpointConfig, ranks: Ranks | None = None, log: Path | None = None
+    ) -> None:
+        self._folder, self._keep, self._ranks, self._log = folder, config.keep, ranks or Ranks(), log
         self._thread = ThreadPoolExecutor(1, "checkpoint") if config.asynchronous else None
         self._pending: Future[None] | None = None
 
@@ -58,9 +60,9 @@ class Writer:
             self._thread.shutdown()
 
     def _write(self, step: int, content: Mapping[str, Any], best_step: int | None) -> None:
-        checkpoint.save(self._folder, step, content, self._ranks)
+        path = checkpoint.save(self._folder, step, content, self._ranks, self._log)
         if self._ranks.rank == 0:
-            checkpoint.prune(self._folder, self._keep, best_step)
+            checkpoint.prune(self._folder, path, self._keep, best_step)
 
 
 def _on_host(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import socket
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from common.files import RandomReads, atomic_folder, atomic_write
+from common.files import RandomReads, append_line, atomic_folder, atomic_write, read_lines
 
 
 def test_file_appears_when_the_block_ends(tmp_path: Path) -> None:
@@ -42,6 +43,26 @@ def test_nothing_stays_of_a_block_that_raises(tmp_path: Path, error: type[BaseEx
     assert os.listdir(tmp_path) == []
 
 
+def test_a_write_that_fails_names_its_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left on device") as error, atomic_write(tmp_path / "a"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert error.value.filename == str(tmp_path / "a")
+    with pytest.raises(OSError, match="No space left on device") as error:
+        append_line("/dev/full", {})
+    assert error.value.filename == "/dev/full"
+
+
+def test_lines_that_were_cut_off_are_left_out_and_take_no_other_with_them(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    assert read_lines(path) == []
+    append_line(path, {"n": 1})
+    for cut in (b'{"n": 2', b'{"n": {}', b"3", b"\xff", b"[" * 99999):
+        with path.open("ab") as file:
+            file.write(cut)
+        append_line(path, {"after": cut.decode("latin-1")})
+    assert [list(entry) for entry in read_lines(path)] == [["n"]] + 5 * [["after"]]
+
+
 def test_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "a"
     with atomic_folder(path) as folder:
@@ -69,11 +90,17 @@ def test_leftovers_of_killed_processes_are_removed_and_no_others(tmp_path: Path)
         "other folder": f".b.{host}-{gone.pid}-0123abcd.partial",
         "not ours": ".a.partial",
     }
+    files = {name: name.replace(".partial", ".tmp") for name in names.values() if "partial" in name}
     for name in names.values():
         (tmp_path / name).mkdir()
+    for name in files.values():
+        (tmp_path / name).touch()
     with atomic_folder(tmp_path / "a"):
         pass
-    assert set(os.listdir(tmp_path)) == {"a", *names.values()} - {names["stale"], names["old"]}
+    with atomic_write(tmp_path / "a.json"):
+        pass
+    gone_ones = {names["stale"], names["old"], files[names["stale"]]}
+    assert set(os.listdir(tmp_path)) == {"a", "a.json", *names.values(), *files.values()} - gone_ones
 
 
 def test_random_reads(tmp_path: Path) -> None:

@@ -65,10 +65,19 @@ def test_the_newest_undamaged_checkpoint_counts(folder, tmp_path, capsys):
     assert f"{newest} is damaged" in capsys.readouterr().err
     with pytest.raises(UserError, match="step-000000010 is damaged"):
         consolidate(newest, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="step-000000010 is damaged"):  # though the averaged weights are not
+        load_weights(network(1), newest)
     (folder / "checkpoints" / "step-000000005" / "manifest.json").unlink()
     with pytest.raises(UserError, match="no undamaged checkpoint in"):
         consolidate(folder, tmp_path / "other.safetensors")
     assert not (tmp_path / "other.safetensors").exists()
+
+
+@pytest.mark.parametrize("text", ["model: [1, {", "", "17", "\x00"])
+def test_settings_that_are_garbled_are_one_line(folder, tmp_path, text):
+    (folder / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"config\.yaml is damaged"):
+        consolidate(folder, tmp_path / "w.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import os
 import signal
 from collections import Counter
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,14 +13,15 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from common.data.loader import Batch, Unreadable
-from common.engine.checkpoint import CheckpointConfig
+from common.engine import checkpoint
+from common.engine.checkpoint import CheckpointConfig, RefusedError
 from common.engine.config import EngineConfig, TrainConfig
 from common.engine.log import LogConfig
 from common.engine.optim import OptimConfig
-from common.engine.preemption import Stopped
+from common.engine.preemption import Request, Requests, Stopped
 from common.engine.setup import start_accelerator
 from common.engine.trainer import Data, Trainer
-from common.errors import ConfigError, RunError
+from common.errors import ConfigError, RunError, UserError
 
 SAMPLES, CLASSES = 64, 4
 IMAGES = torch.randn(SAMPLES, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -167,13 +169,40 @@ def test_too_many_unreadable_samples_stop_the_run(tmp_path):
 
 
 def test_a_failed_write_in_the_background_stops_the_run(tmp_path):
-    (tmp_path / "checkpoints").write_text("in the way")
     trainer = Settings(
         tmp_path, {"epochs": 4, "eval_every": 4}, {}, checkpoint={"asynchronous": True, "every_steps": 2}
     ).trainer()
+    (tmp_path / "checkpoints").write_text("in the way")
     with pytest.raises(RunError, match="checkpoint of step 2 not written"):
         trainer.fit()
     assert 2 <= trainer.progress.step <= 4, "at the latest by the next save"
+
+
+def test_minutes_pass_between_checkpoints_also_where_ranks_hear_of_a_request_a_step_later(
+    tmp_path, monkeypatch
+):
+    class OfRanks(Requests):
+        said = Request.NOTHING
+
+        def poll(self):
+            before, self.said = self.said, super().poll()
+            return before
+
+    saved = []
+    trainer = Settings(tmp_path, {"epochs": 2, "eval_every": 2}).trainer()
+    trainer.config.checkpoint.every_minutes = 5 / 60
+    monkeypatch.setattr("common.engine.trainer.Requests", OfRanks)
+    monkeypatch.setattr(
+        "common.engine.trainer.time", SimpleNamespace(monotonic=lambda: trainer.progress.step)
+    )
+
+    def save():
+        trainer.saved_at = trainer.progress.step
+        saved.append(trainer.progress.step)
+
+    monkeypatch.setattr(trainer, "save", save)
+    trainer.fit()
+    assert saved == [7, 14, 16]
 
 
 def test_an_infinite_weight_is_never_saved(tmp_path):
@@ -189,9 +218,67 @@ def test_an_infinite_weight_is_never_saved(tmp_path):
 
 def test_two_processes_in_one_folder_are_refused(tmp_path):
     trainer = Settings(tmp_path / "run").trainer()
-    trainer.run.open({}, 1, "cpu")
+    trainer.run.lock()
     with pytest.raises(ValueError, match="another process is training in this folder"):
         Settings(tmp_path / "run").trainer().fit()
+
+
+def test_a_run_that_another_process_has_carried_on_meanwhile_is_left_alone(tmp_path):
+    late, early = (Settings(tmp_path / "run", {"epochs": 1}).trainer() for _ in range(2))
+    early.fit()
+    early.run._lock.close()
+    written = {path: path.stat().st_mtime_ns for path in early.run.folder.rglob("*") if path.name != ".lock"}
+    with pytest.raises(UserError, match="another process has trained there meanwhile"):
+        late.fit()
+    assert written == {path: path.stat().st_mtime_ns for path in written}
+
+
+def test_a_stop_behind_a_damaged_checkpoint_keeps_what_was_computed(tmp_path):
+    """Of 16 steps the last checkpoint is damaged: the run goes on from the one before it, and is stopped."""
+    kept = {"every_steps": 4, "keep": 1}
+    trainer = Settings(tmp_path, {"eval_every": 2}, checkpoint={"every_steps": 6, "keep": 2}).trainer()
+    trainer.fit()
+    trainer.run._lock.close()
+    before, last = sorted(trainer.run.checkpoints.iterdir())
+    (last / "state.json").unlink()
+    trainer = Settings(tmp_path, {"eval_every": 2}, checkpoint=kept).trainer()
+    update = trainer.update
+
+    def stopped(batches):
+        update(batches)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer.update = stopped
+    with pytest.raises(Stopped):
+        trainer.fit()
+    assert trainer.progress.step == checkpoint.step_of(before) + 1
+    assert checkpoint.step_of(checkpoint.newest(trainer.run.checkpoints)) == trainer.progress.step
+
+
+def test_nothing_is_begun_anew_where_all_checkpoints_are_damaged(tmp_path):
+    trainer = Settings(tmp_path, {"epochs": 1}).trainer()
+    trainer.fit()
+    for path in trainer.run.checkpoints.iterdir():
+        (path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ConfigError, match="every checkpoint is damaged"):
+        Settings(tmp_path, {"epochs": 1}).trainer()
+    trainer.run.checkpoints.rename(tmp_path / "elsewhere")
+    trainer.run.checkpoints.write_text("")
+    with pytest.raises(ConfigError, match="checkpoints: Not a directory; a run keeps its checkpoints there"):
+        Settings(tmp_path, {"epochs": 1}).trainer()
+
+
+@pytest.mark.parametrize("drop, extra", [("meter", {}), ("progress", {}), (None, {"stage": 2})])
+def test_a_state_of_another_version_is_one_line(tmp_path, drop, extra):
+    Settings(tmp_path, {"epochs": 1}).trainer().fit()
+    path = checkpoint.newest(tmp_path / "checkpoints")
+    state = checkpoint.load(path, "state.json")
+    state["progress"] |= extra
+    files = {name: checkpoint.load(path, name) for name in ("model.safetensors", "optimizer.pt")}
+    checkpoint.save(path.parent, 8, files | {"state.json": {k: v for k, v in state.items() if k != drop}})
+    with pytest.raises(RefusedError, match="state.json: written by another version of pairwise") as error:
+        Settings(tmp_path, {"epochs": 1}).trainer().fit()
+    assert error.value.exit_code == 2
 
 
 def test_resume_never_refuses_a_folder_with_a_checkpoint(tmp_path):
