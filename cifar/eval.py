@@ -6,7 +6,8 @@
     python cifar/eval.py FILE --model.name resnet164_fbn --data.path DATA     a file of weights
 
 Prints error, accuracy and the classes' accuracies; writes them as JSON with a picture of the confusion matrix. With a
-run, all settings are those of the run, and options given here override them.
+run, all settings are those of the run, and options given here override them. The files go to the run's folder, or
+to --out.
 """
 
 from __future__ import annotations
@@ -62,22 +63,20 @@ def main() -> int:
     jobs = [parse_checkpoint(EvalConfig, [*words, *options], __doc__) for words in zip(checkpoints)]
     if not jobs:  # --help, or what is missing
         jobs = [parse_checkpoint(EvalConfig, options, __doc__)]
+    if len(jobs) > 1 and any(word.split("=")[0] == "--out" for word in options):
+        raise ConfigError("out: several checkpoints' numbers go to their runs' folders; leave --out away")
     first = jobs[0][0]
     if any(config.train.precision != first.train.precision for config, *_ in jobs):
         raise ConfigError("train.precision: the runs' differ; give one for all, as --train.precision fp32")
     accelerator = start_accelerator(first, training=False)
-    results = {
-        checkpoint: evaluate_one(config, checkpoint, run, accelerator) for config, checkpoint, run in jobs
-    }
+    results = {checkpoint: evaluate_one(config, checkpoint, accelerator) for config, checkpoint, _ in jobs}
     if accelerator.is_main_process:
         conclude(results, first)
     accelerator.end_training()
     return 0
 
 
-def evaluate_one(
-    config: EvalConfig, checkpoint: str, run: Path | None, accelerator: Accelerator
-) -> dict[str, Any]:
+def evaluate_one(config: EvalConfig, checkpoint: str, accelerator: Accelerator) -> dict[str, Any]:
     """Evaluate one checkpoint; shows and writes its numbers, which it returns."""
     data = open_validation(config).to(accelerator.device)
     model = build_model(config.model, len(data.classes))
@@ -96,7 +95,7 @@ def evaluate_one(
     if accelerator.is_main_process:
         print(loaded)
         show(result, data.classes)
-        write(result, run or Path(config.out))
+        write(result, Path(config.out))
     return result
 
 

@@ -6,19 +6,19 @@ import argparse
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 from PIL import Image
 
 from cifar.archives import OFFICIAL, Images, read_official
+from common.config import Commands
 from common.data.arrays import write_arrays
 from common.data.digits import CLASSES, SPLITS, digits_images
 from common.data.memory import MemoryConfig, load_memory
 from common.data.recordio import write_recordio
 from common.data.shard_writer import write_shards
 from common.data.source import DataError, Sample, local_path
-from common.errors import ConfigError, UserError, run_main
+from common.errors import UserError, run_main
 from common.files import atomic_folder, atomic_write
 
 FORMATS = ("memory", "recordio", "webdataset")
@@ -103,13 +103,8 @@ def _size(word: str) -> int:
     return size
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (see {self.prog} --help)")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="cifar/prepare.py", description="Make data sets of small images.")
+    parser = Commands(prog="cifar/prepare.py", description="Make data sets of small images.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name in OFFICIAL:
         about = (

@@ -6,8 +6,10 @@ its help text; ``__post_init__`` refuses bad values with a ``ValueError`` that b
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
+import inspect
 import re
 import sys
 import typing
@@ -15,7 +17,7 @@ from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import yaml
 from jsonargparse import (
@@ -28,6 +30,7 @@ from jsonargparse import (
 )
 
 from common.errors import ConfigError
+from common.recipes import read_recipe, recipes_in
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -36,6 +39,14 @@ T = TypeVar("T")
 
 class _Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):
     """Types and defaults behind each option, and the script's own words with their line breaks."""
+
+
+class Commands(argparse.ArgumentParser):
+    """A script's command line without a configuration, such as `COMMAND SRC OUT`; a mistake is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise :class:`ConfigError`."""
+        raise ConfigError(f"{message} (see {self.prog} --help)")
 
 
 @dataclass
@@ -71,9 +82,8 @@ def parse(
         ConfigError: one line that names the key, the value, and what would be right.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    usage = (
-        f"%(prog)s {positional.name.upper() if positional else ''} [--config RECIPE.yaml] [--KEY VALUE ...]"
-    )
+    first = f"{positional.name.upper()}{'...' if positional.many else ''} " if positional else ""
+    usage = f"%(prog)s {first}[--config RECIPE.yaml] [--KEY VALUE ...]"
     parser = ArgumentParser(
         exit_on_error=False,
         allow_abbrev=False,
@@ -92,12 +102,15 @@ def parse(
     for i, word in enumerate(argv):  # a switch alone is on
         if word in switches and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
             argv[i] = f"{word}=true"
+    folder = Path(inspect.getfile(cls)).parent / "recipes"
+    recipes = {path: read_recipe(path, folder) for path in recipes_in(argv)}
     try:
         namespace = parser.parse_args(argv)
+        return build(cls, namespace.as_dict()), getattr(namespace, positional.name) if positional else None
+    except ConfigError as error:
+        raise ConfigError(_located(str(error), argv, recipes)) from None
     except (ArgumentError, TypeError) as error:
-        raise ConfigError(_explain(str(error), cls)) from None
-    value = getattr(namespace, positional.name) if positional else None
-    return build(cls, namespace.as_dict()), value
+        raise ConfigError(_located(_explain(str(error), cls, positional), argv, recipes)) from None
 
 
 def build(cls: type[T], values: dict[str, Any], prefix: str = "") -> T:
@@ -107,7 +120,12 @@ def build(cls: type[T], values: dict[str, Any], prefix: str = "") -> T:
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         if field.name in values:
             value, kind = values[field.name], hints[field.name]
-            nested = dataclasses.is_dataclass(kind) and isinstance(value, (dict, Namespace))
+            nested = dataclasses.is_dataclass(kind) and not isinstance(value, typing.cast(type, kind))
+            if nested and not isinstance(value, (dict, Namespace)):
+                some = f"{prefix}{field.name}.{dataclasses.fields(kind)[0].name}"
+                raise ConfigError(
+                    f"{prefix}{field.name}: {value!r} is not valid; expected settings, such as {some}"
+                )
             arguments[field.name] = build(kind, dict(value), f"{prefix}{field.name}.") if nested else value
     try:
         return cls(**arguments)
@@ -158,22 +176,41 @@ def _kinds(cls: Any, prefix: str = "") -> dict[str, Any]:
     return kinds
 
 
-def _explain(message: str, cls: type) -> str:
+def _located(problem: str, argv: Sequence[str], recipes: dict[str, dict[str, Any]]) -> str:
+    """``problem`` behind the name of the recipe that has its key, unless the command line has it."""
+    found = re.match(r"[\w.]+", problem)
+    if found is None or any(re.match(rf"--{re.escape(found[0])}\b", word) for word in argv):
+        return problem
+    for path, settings in reversed(recipes.items()):
+        if any(f"{key}.".startswith(f"{found[0]}.") for key in flatten(settings)):
+            return f"{path}: {problem}"
+    return problem
+
+
+def _nearest_key(key: str, keys: Sequence[str]) -> str:
+    """:func:`nearest` of the settings, where the last part of ``key`` counts more than what it is of."""
+    same = [repr(valid) for valid in keys if valid.split(".")[-1] == key.split(".")[-1].replace("-", "_")]
+    return f"did you mean {' or '.join(same[:3])}?" if same else nearest(key, keys)
+
+
+def _explain(message: str, cls: type, positional: Positional | None) -> str:
     """The parser's message as one line with the key, the value and the nearest valid one."""
     message = " ".join(message.split())
     keys = list(_kinds(cls))
+    if positional and message.startswith("the following arguments are required:"):
+        return f"no {positional.name}: expected {positional.help[0].lower()}{positional.help[1:]}"
     if found := re.match(r"unrecognized arguments: (.+)", message):
         words = found[1].split()
         unknown = next((word for word in words if word.startswith("-")), None)
         if unknown is None:
             return f"unexpected argument {words[0]!r}; options begin with --"
         key = unknown.lstrip("-").split("=")[0]
-        return f"{key}: unknown key; {nearest(key, keys)}"
+        return f"{key}: unknown key; {_nearest_key(key, keys)}"
     if found := re.search(r"Group '([\w.]+)' does not accept option '([\w.]+)'", message):
         key = f"{found[1]}.{found[2]}"
-        return f"{key}: unknown key; {nearest(key, keys)}"
+        return f"{key}: unknown key; {_nearest_key(key, keys)}"
     if found := re.search(r"Option '([\w.]+)' is not accepted", message):
-        return f"{found[1]}: unknown key; {nearest(found[1], keys)}"
+        return f"{found[1]}: unknown key; {_nearest_key(found[1], keys)}"
     if found := re.match(r'Parser key "([\w.]+)": (.*)', message):
         return f"{found[1]}: {_expected(found[2])}"
     return message

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from accelerate import Accelerator
 
 from common.config import Positional, parse
 from common.data.quarantine import Quarantine
-from common.engine.run import run_of, write_json
+from common.engine.run import read_file, run_of, write_json
 from common.errors import ConfigError
 from common.report.pictures import draw_confusion
 
@@ -38,16 +37,38 @@ def parse_checkpoint(
     """
     config, checkpoint, run = parse_with_run(cls, argv, description, CHECKPOINT)
     check_exists(checkpoint)
+    named = {word.split("=")[0] for word in argv} & {"--model.name", "--config"}
+    if run is None and not named and Path(checkpoint).is_file():
+        raise ConfigError(
+            f"{checkpoint!r} is a file without a run: name its network by --model.name, or --config"
+        )
     return config, checkpoint, run
 
 
 def parse_with_run(
     cls: type[T], argv: Sequence[str], description: str | None, positional: Positional
 ) -> tuple[T, Any, Path | None]:
-    """:func:`parse_checkpoint` with what is positional given, whose first word is the checkpoint; unchecked."""
+    """:func:`parse_checkpoint` with what is positional given, whose first word is the checkpoint; unchecked.
+
+    The settings' ``out`` is the run's folder, unless the command line names another.
+    """
+    words = {word.split("=")[0] for word in argv}
+    if not words & {"-h", "--help", "--print_config"} and (not argv or argv[0].startswith("-")):
+        raise ConfigError(
+            f"expected first {positional.help[0].lower()}{positional.help[1:-1]}; options behind it"
+        )
     run = run_of(argv[0]) if argv and not argv[0].startswith("-") else None
     recipe = run / "config.yaml" if run else None
-    config, value = parse(cls, argv, default_recipe=recipe, positional=positional, description=description)
+    try:
+        config, value = parse(
+            cls, argv, default_recipe=recipe, positional=positional, description=description
+        )
+    except ConfigError as error:
+        if recipe and str(error).startswith(f"{recipe}: ") and "unknown key" in str(error):
+            raise ConfigError(f"{error} Was the run made by another task's train.py?") from None
+        raise
+    if run and "--out" not in words:
+        config.out = str(run)  # type: ignore[attr-defined]
     return config, value, run
 
 
@@ -64,7 +85,7 @@ def class_names(run: Path | None) -> list[str]:
     evaluation = run / "evaluation.json" if run else None
     if evaluation is None or not evaluation.is_file():
         return []
-    return list(json.loads(evaluation.read_text())["classes"])
+    return list(read_file(evaluation)["classes"])
 
 
 def new_quarantine(folder: Path, accelerator: Accelerator) -> Quarantine:

@@ -20,16 +20,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
-import yaml
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from common.attention.attach import evaluating
-from common.engine.run import run_of
+from common.config import Commands
+from common.engine.run import read_file, run_of
 from common.errors import ConfigError, UserError, run_main
 from common.files import atomic_write
-from common.models.build import ModelConfig, build_model
+from common.models.build import ModelConfig, build_model, misfit
 from common.models.table import import_models, input_size
 from common.weights import architecture, load_weights
 
@@ -47,9 +48,14 @@ def main() -> int:
         )
     if arguments.check and arguments.out.suffix == ".safetensors":
         raise ConfigError("--check: a .safetensors file has weights and no network; leave it out")
+    for option, numbers in (("input-size", arguments.input_size), ("num-classes", [arguments.num_classes])):
+        if any(number is not None and number < 1 for number in numbers or []):
+            raise ConfigError(f"--{option} {' '.join(map(str, numbers))}: expected at least 1")
     model, about = open_model(arguments.source, arguments.model, arguments.num_classes)
     size = tuple(arguments.input_size or about.pop("size", None) or input_size(model))
     about |= {"input_size": "x".join(map(str, size))}
+    if why := misfit(model, size):
+        raise ConfigError(f"--input-size {' '.join(map(str, size))} does not fit the network: {why}")
     content = encoded(model, arguments.out.suffix, size, about)
     if arguments.check:
         print(checked(content, arguments.out.suffix, model, size))
@@ -78,13 +84,14 @@ def open_model(
     if run is None:
         if name is None:
             raise ConfigError(f"{source!r} is not a run's folder: name its model with --model")
-        settings, classes = ModelConfig(name), num_classes or 1000
+        published = timm.get_pretrained_cfg(name)
+        settings, classes = ModelConfig(name), num_classes or (published.num_classes if published else 1000)
     else:
-        config = yaml.safe_load((run / "config.yaml").read_text())
+        config = read_file(run / "config.yaml")
         evaluation = run / "evaluation.json"
         if not evaluation.is_file():
             raise UserError(f"{run}: no evaluation.json; a run is exported once it has been evaluated")
-        names = json.loads(evaluation.read_text())["classes"]
+        names = read_file(evaluation)["classes"]
         settings, classes = ModelConfig(**config["model"]), len(names)
         augment = config.get("augment", {})
         about |= {"classes": json.dumps(names), "settings": json.dumps(config["model"])}
@@ -215,7 +222,7 @@ class _Named(nn.Module):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Commands(
         prog="python -m common.export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

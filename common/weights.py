@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from common.engine.checkpoint import holds, load, newest
+from common.engine.checkpoint import damage, holds, load, newest
 from common.errors import UserError, run_main
 
 StateDict = dict[str, Tensor]
@@ -141,7 +141,11 @@ def load_state(
         ],
     )
     if report and strict:
-        raise WeightsError(f"{where} does not fit {architecture(model) or type(model).__name__}: {report}")
+        only_shapes = not (report.missing or report.unexpected)
+        hint = "; to train from all that fits: --weights_strict false" if only_shapes else ""
+        raise WeightsError(
+            f"{where} does not fit {architecture(model) or type(model).__name__}: {report}{hint}"
+        )
     fitting = {key: value for key, value in state.items() if key in own and value.shape == own[key].shape}
     model.load_state_dict(fitting, strict=False)
     return report
@@ -183,9 +187,13 @@ def architecture(model: nn.Module) -> str:
 
 def _weights_file(folder: Path) -> Path:
     checkpoint = newest(folder / "checkpoints") if (folder / "checkpoints").is_dir() else folder
+    if checkpoint == folder and (folder / "manifest.json").is_file() and (problem := damage(folder)):
+        raise WeightsError(f"weights: {folder} is damaged ({problem})")
     for kind in ("ema", "model"):
         if checkpoint and holds(checkpoint, kind):
             return checkpoint / f"{kind}.safetensors"
+    if (folder / "config.yaml").is_file():
+        raise WeightsError(f"weights: the run {str(folder)!r} has no whole checkpoint yet")
     raise WeightsError(f"weights: {str(folder)!r} is neither a run's folder nor one of its checkpoints")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import timm
 from safetensors.torch import save
 
-from common.config import nearest
+from common.config import Commands, nearest
 from common.errors import ConfigError
 from common.files import atomic_write
 from common.models.table import import_models, read_rows
@@ -45,6 +45,8 @@ def convert(source: Path, target: Path, name: str, num_classes: int | None = Non
     """
     if not timm.is_model(name):
         raise ConfigError(f"--model {name!r}: no such model; {nearest(name, timm.list_models())}")
+    if num_classes is not None and num_classes < 1:
+        raise ConfigError(f"--num-classes {num_classes}: expected at least 1")
     if target.suffix != ".safetensors" or not target.parent.is_dir():
         raise ConfigError(
             f"{str(target)!r}: expected a name that ends in .safetensors, in a folder that exists"
@@ -73,13 +75,13 @@ def listing() -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Commands(
         prog="python -m common.weights",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--list", action="store_true", help="list the models whose published weights can be read"
+        "--list", action="store_true", help="list the models, and how their published weights are read"
     )
     commands = parser.add_subparsers(dest="command")
     converts = commands.add_parser("convert", help="convert a published checkpoint")

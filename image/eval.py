@@ -5,7 +5,8 @@
     python image/eval.py FILE --model.name san10_pairwise --data.path DATA     published weights
 
 Prints top-1, top-5, loss and per-class accuracy; writes them as JSON with a picture of the confusion matrix.
-With a run, all settings are those of the run, and options given here override them.
+With a run, all settings are those of the run, and options given here override them. The files go to the run's
+folder, or to --out.
 """
 
 from __future__ import annotations
@@ -19,17 +20,18 @@ from common.engine.evaluate import evaluate
 from common.engine.setup import start_accelerator
 from common.errors import run_main
 from common.evaluation import new_quarantine, parse_checkpoint, show, write
-from common.models.build import build_model
+from common.models.build import build_model, refuse_misfit
 from common.weights import load_weights
 from image.train import Config, open_data
 
 
 def main() -> int:
     """Evaluate as the command line says; returns the exit code."""
-    config, checkpoint, run = parse_checkpoint(Config, sys.argv[1:], __doc__)
+    config, checkpoint, _ = parse_checkpoint(Config, sys.argv[1:], __doc__)
     accelerator = start_accelerator(config, training=False)
     data = open_data(config, accelerator)
-    model, folder = build_model(config.model, len(data.classes)), run or Path(config.out)
+    model, folder = build_model(config.model, len(data.classes)), Path(config.out)
+    refuse_misfit(model, config.augment.size, "augment.size")
     loaded = load_weights(model, checkpoint, strict=config.weights_strict)
     unreadable = new_quarantine(folder, accelerator)
     result = evaluate(

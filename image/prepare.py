@@ -7,11 +7,11 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn
 
 from rich.console import Console
 from rich.progress import track
 
+from common.config import Commands
 from common.data.digits import SPLITS, prepare_digits
 from common.data.prepare import convert, imagenet, verify
 from common.data.prepare.progress import progress_bar
@@ -88,6 +88,8 @@ def check(args: argparse.Namespace) -> int:
 def _convert(sources: Mapping[str, Source], args: argparse.Namespace) -> int:
     given = {field.name: getattr(args, field.name) for field in fields(Settings) if hasattr(args, field.name)}
     settings = Settings(**given)
+    if not 0 <= args.max_unreadable <= 1:
+        raise ConfigError(f"max-unreadable: {args.max_unreadable} is not a share, 0 to 1")
     workers = _workers(args, settings.reencodes or settings.check)
     with progress_bar() as progress:
         written = convert.convert(sources, args.out, settings, args.max_unreadable, workers, progress)
@@ -108,14 +110,13 @@ def _workers(args: argparse.Namespace, computes: bool) -> int:
     return args.workers or (len(os.sched_getaffinity(0)) if computes else 1)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (see {self.prog} --help)")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="image/prepare.py", description="Make image data sets for training and evaluation.")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+    parser = Commands(
+        prog="image/prepare.py", description="Make image data sets for training and evaluation."
+    )
+    commands = parser.add_subparsers(
+        title="commands", metavar="COMMAND", required=True, parser_class=Commands
+    )
     _add_digits(commands)
     for form, about in _FORMS_HELP.items():
         about = f"{about}, from a data set in any form"

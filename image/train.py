@@ -23,7 +23,7 @@ from common.engine.config import EngineConfig
 from common.engine.setup import start_accelerator
 from common.engine.trainer import Data, total_steps
 from common.errors import run_main
-from common.models.build import ModelConfig, build_model
+from common.models.build import ModelConfig, build_model, refuse_misfit
 from common.report.summary import Expectation
 from common.training import run_training
 
@@ -49,6 +49,7 @@ def main() -> int:
     prepare_default_data(config.data, accelerator)
     data = open_data(config, accelerator)
     model = build_model(config.model, len(data.classes))
+    refuse_misfit(model, config.augment.size, "augment.size")
     return run_training(config, accelerator, model, data, config.expect)
 
 

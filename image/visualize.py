@@ -52,7 +52,9 @@ def read(path: str, config: Config) -> Tensor:
     try:
         image = decode_rgb(Path(path).read_bytes(), path)
     except (OSError, BadSample) as error:
-        raise UserError(f"{path}: cannot be read as an image ({error})") from None
+        raise UserError(
+            f"{path}: cannot be read as an image ({getattr(error, 'strerror', None) or error})"
+        ) from None
     return Normalize(config.augment, torch.device("cpu"))(test_transform(config.augment)(image))
 
 

@@ -6,7 +6,8 @@
 
 Every video is decoded once, and the logits of its views are averaged. Prints top-1, top-5, loss and the mean of the
 classes' accuracies; writes them as JSON with a picture of the confusion matrix, and eval.html, a page with the frames
-of the worst videos. With a run, all settings are those of the run, and options given here override them.
+of the worst videos. With a run, all settings are those of the run, and options given here override them. The files go
+to the run's folder, or to --out.
 """
 
 from __future__ import annotations
@@ -60,11 +61,11 @@ class EvalConfig(Config):
 
 def main() -> int:
     """Evaluate as the command line says; returns the exit code."""
-    config, checkpoint, run = parse_checkpoint(EvalConfig, sys.argv[1:], __doc__)
+    config, checkpoint, _ = parse_checkpoint(EvalConfig, sys.argv[1:], __doc__)
     accelerator = start_accelerator(config, training=False)
     device, world, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
     videos = open_videos(config.data, "val")
-    classes, folder = videos.classes, run or Path(config.out)
+    classes, folder = videos.classes, Path(config.out)
     model = build_model(config.model, len(classes))
     loaded = load_weights(model, checkpoint, strict=config.weights_strict)
     normalize = ClipNormalize(config.clip.colour, config.data.read_mode, device)

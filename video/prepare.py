@@ -8,11 +8,11 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn
 
 from rich.console import Console
 from rich.progress import track
 
+from common.config import Commands
 from common.data.prepare.progress import progress_bar
 from common.data.source import DataError, local_path, read_classes
 from common.data.video.decode import Decoder
@@ -62,6 +62,8 @@ def digits(args: argparse.Namespace) -> int:
 def from_folders(args: argparse.Namespace) -> int:
     """Write list files of ``SRC/SPLIT/CLASS/*.mp4``."""
     source, out = local_path(args.source), local_path(args.out or args.source)
+    if not source.is_dir():
+        raise DataError(f"{str(source)!r} is not an existing folder")
     splits = args.split or [name for name in ("train", "val", "test") if (source / name).is_dir()]
     if not splits:
         raise DataError(f"{source}: no folder train, val or test; name the folders by --split")
@@ -136,6 +138,8 @@ def shards(args: argparse.Namespace) -> int:
         raise DataError(
             "lists: expected lists of different names in one folder, such as train.txt and val.txt"
         )
+    if missing := [path for path in paths if not path.is_file()]:
+        raise DataError(f"{str(missing[0])!r} is not an existing list")
     classes = read_classes(paths[0].parent)
     root = local_path(args.root) if args.root else paths[0].parent
     lists = {path.stem: open_clips(path, root, classes) for path in paths}
@@ -161,6 +165,8 @@ def shards(args: argparse.Namespace) -> int:
 
 def _write(out: Path, split: str, candidates: list[Candidate], args: argparse.Namespace) -> int:
     """Write a split's list and report; returns the number of videos that are missing or unreadable."""
+    if not candidates:
+        raise DataError(f"{split}: no videos found; expected files such as {split}/CLASS/NAME.mp4")
     probes = _tracked(probe_all(candidates, _decoder(args), args.workers), len(candidates), split)
     clips = list_of(candidates, probes)
     if not clips:
@@ -216,14 +222,13 @@ def _tracked(probes: Iterable[Probe], total: int, title: str) -> list[Probe]:
     return list(track(probes, title, total, console=console, transient=True, disable=hidden))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message} (see {self.prog} --help)")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="video/prepare.py", description="Make video data sets for training and evaluation.")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
+    parser = Commands(
+        prog="video/prepare.py", description="Make video data sets for training and evaluation."
+    )
+    commands = parser.add_subparsers(
+        title="commands", metavar="COMMAND", required=True, parser_class=Commands
+    )
 
     def add(name: str, run: Callable[[argparse.Namespace], int], about: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.")

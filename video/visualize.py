@@ -52,7 +52,9 @@ def read(path: str, config: Config) -> Tensor:
         numbers = clip_frames(offset, count, clip.seq_length, clip.sample_rate)
         found = decoder.frames(path, numbers, path, shorter(clip.short_side))
     except (OSError, BadSample) as error:
-        raise UserError(f"{path}: cannot be read as a video ({error})") from None
+        raise UserError(
+            f"{path}: cannot be read as a video ({getattr(error, 'strerror', None) or error})"
+        ) from None
     frames = torch.stack([found[number] for number in numbers])
     height, width = frames.shape[-2:]
     frames = cut(frames, centre_box(height, width, clip.size)).transpose(0, 1)

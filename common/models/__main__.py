@@ -14,7 +14,7 @@ from pathlib import Path
 
 import timm
 
-from common.config import nearest
+from common.config import Commands, nearest
 from common.errors import ConfigError, run_main
 from common.files import atomic_write
 from common.models.table import (
@@ -33,6 +33,8 @@ from common.models.table import (
 def main() -> int:
     """Do what the command line says; returns the exit code."""
     arguments = _parser().parse_args()
+    if arguments.num_classes is not None and arguments.num_classes < 1:
+        raise ConfigError(f"--num-classes {arguments.num_classes}: expected at least 1")
     rows = read_rows()
     if arguments.write:
         with atomic_write(arguments.write) as file:
@@ -94,7 +96,7 @@ def _aligned(cells: list[tuple[str, ...]], left: tuple[int, ...]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Commands(
         prog="python -m common.models",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
-from common.attention.attach import attach
+from common.attention.attach import attach, evaluating
 from common.config import nearest
 from common.errors import ConfigError
 
@@ -23,6 +24,33 @@ class ModelConfig:
     """Arguments of the model's constructor, such as drop_rate, or layers and channels for a small version."""
     attach: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Mechanisms to attach to the network: noah, bat, nl or fbn, each with its arguments."""
+
+
+def misfit(model: nn.Module, size: tuple[int, ...]) -> str | None:
+    """Why ``model`` takes no inputs of ``size``, (C, H, W) or (C, T, H, W); None if it does."""
+    own = next(model.parameters())
+    try:
+        with evaluating(model):
+            model(torch.zeros(1, *size, device=own.device, dtype=own.dtype))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    return None
+
+
+def refuse_misfit(model: nn.Module, size: int, key: str) -> None:
+    """Raise a :class:`ConfigError` where ``model``, made for one size, takes no images of ``size`` × ``size``.
+
+    Args:
+        key: the setting that says ``size``.
+    """
+    made_for = getattr(model, "pretrained_cfg", {}).get("input_size", (3,))[-1]
+    if size == made_for or not any(hasattr(module, "img_size") for module in model.modules()):
+        return
+    if why := misfit(model, (3, size, size)):
+        raise ConfigError(
+            f"{key} = {size}: the network takes no such images ({why}); "
+            f"try --{key} {made_for}, or --model.args.img_size {size}"
+        )
 
 
 def build_model(config: ModelConfig, num_classes: int) -> nn.Module:

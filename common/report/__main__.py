@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from common.config import Commands
 from common.errors import run_main
 from common.report.page import write_report
 
 
 def main() -> int:
     """Do what the command line says; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Commands(
         prog="python -m common.report",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -16,8 +16,9 @@ from matplotlib.figure import Figure
 
 from common.config import flatten
 from common.data.quarantine import count
-from common.engine.run import read_metrics
+from common.engine.run import read_file, read_metrics
 from common.errors import UserError
+from common.files import read_lines
 from common.report import html
 from common.report.pictures import confusion_figure
 
@@ -59,7 +60,7 @@ def read_report(folder: Path) -> Report:
     """Read a run's folder.
 
     Raises:
-        UserError: it is not a run's folder, or nothing has been evaluated in it.
+        UserError: it is not a run's folder, or a damaged one, or nothing has been evaluated in it.
     """
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{str(folder)!r} is not a run's folder: it has no config.yaml")
@@ -68,10 +69,10 @@ def read_report(folder: Path) -> Report:
     return Report(
         str(folder),
         read_metrics(folder),
-        json.loads((folder / "evaluation.json").read_text()),
-        yaml.safe_load((folder / "config.yaml").read_text()),
-        _lines(folder / "starts.jsonl"),
-        _lines(folder / "quarantine.jsonl"),
+        read_file(folder / "evaluation.json"),
+        read_file(folder / "config.yaml"),
+        read_lines(folder / "starts.jsonl"),
+        read_lines(folder / "quarantine.jsonl"),
     )
 
 
@@ -162,7 +163,7 @@ def write_evaluation(
         html.picture(png, f"{names(sample['index'])}: {caption}")
         for sample, (png, caption) in zip(evaluation["worst"], _worst(evaluation))
     ]
-    return html.write_page(path, "Evaluation", [*parts, *_unreadable(_lines(quarantine))])
+    return html.write_page(path, "Evaluation", [*parts, *_unreadable(read_lines(quarantine))])
 
 
 def _one(report: Report) -> list[str]:
@@ -233,8 +234,3 @@ def _start(start: dict[str, Any]) -> str:
 
 def _number(value: Any) -> str:
     return "" if value is None else f"{value:.2f}"
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_bytes().splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if line.endswith(b"}")]

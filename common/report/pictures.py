@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from common.engine.run import read_metrics
+from common.engine.run import read_file, read_metrics
 from common.files import atomic_write
 
 matplotlib.use("Agg")
@@ -22,7 +21,7 @@ def draw_run(folder: Path) -> list[Path]:
     paths = [draw_curves(read_metrics(folder), folder / "curves.png")]
     evaluation = folder / "evaluation.json"
     if evaluation.is_file():
-        result = json.loads(evaluation.read_text())
+        result = read_file(evaluation)
         paths.append(draw_confusion(result["confusion"], result["classes"], folder / "confusion.png"))
     return paths
 

@@ -56,7 +56,7 @@ def visualize(
         UserError: a setting or a file is wrong.
     """
     words = Positional(
-        "checkpoint", f"A run's folder, a checkpoint or a file of weights, then {subject}s.", many=True
+        "run", f"A run's folder, a checkpoint or a file of weights, then {subject}s.", many=True
     )
     config, (checkpoint, *files), run = parse_with_run(cls, sys.argv[1:], description, words)
     check_exists(checkpoint)
@@ -66,7 +66,7 @@ def visualize(
     classes = class_names(run)
     model = build_model(config.model, len(classes) or config.num_classes)
     print(load_weights(model, checkpoint, strict=config.weights_strict))
-    folder = (run or Path(config.out)) / "attention"
+    folder = Path(config.out) / "attention"
     page, *pictures = draw_attention(
         model, inputs, classes or names(config), folder, config.top, config.pixels
     )

@@ -5,7 +5,7 @@ import torch
 
 from common.config import parse
 from common.errors import ConfigError
-from common.models.build import build_model
+from common.models.build import build_model, refuse_misfit
 from image.train import DIGITS, Config
 
 
@@ -51,3 +51,18 @@ def test_what_does_not_fit_is_one_line(options, expected):
     with pytest.raises(ConfigError, match=expected) as error:
         build(*options)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_patch16_224_noah"])
+def test_a_network_of_one_size_refuses_others(name):
+    model = build(f"--model.name={name}", "--model.args={depth: 1}")
+    with pytest.raises(
+        ConfigError, match="augment.size = 64: .*; try --augment.size 224, or --model.args.img_size 64"
+    ):
+        refuse_misfit(model, 64, "augment.size")
+    refuse_misfit(model, 224, "augment.size")
+    refuse_misfit(build(f"--model.name={name}", "--model.args={depth: 1, img_size: 64}"), 64, "augment.size")
+
+
+def test_a_network_of_any_size_is_not_tried():
+    refuse_misfit(torch.nn.Identity(), 64, "augment.size")

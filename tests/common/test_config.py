@@ -5,8 +5,10 @@ from typing import Any, Literal
 
 import pytest
 
+import image.train
 from common.config import Positional, flatten, parse, to_dict
 from common.errors import ConfigError
+from tests.processes import ROOT
 
 
 @dataclass
@@ -106,6 +108,9 @@ def test_what_is_resolved_can_be_read_again(recipe, tmp_path):
         (["--optim.clip=big"], "optim.clip: 'big' is not valid; expected one of float, null"),
         (["--optim.milestones=[3,x]"], "optim.milestones: 'x' is not valid; expected int"),
         (["--config=none.yaml"], "none.yaml"),
+        (["--lr", "3"], "lr: unknown key; did you mean 'optim.lr'?"),
+        (["--max-lr", "3"], "max-lr: unknown key; "),
+        (["--name=x"], "name: unknown key; did you mean 'optim.name' or 'model.name'?"),
         (["stray"], "unexpected argument 'stray'; options begin with --"),
         (["--optim.lr"], "optim.lr: expected one argument"),
     ],
@@ -126,6 +131,10 @@ def test_mistakes_on_the_command_line(arguments, expected):
         ("optim:\n  lr: -1\n", "optim.lr = -1.0"),
         ("optim:\n  lr: [3\n", "line 2"),
         ("just words", "just words"),
+        ("", "expected settings, such as 'train: {epochs: 3}', found nothing"),
+        ("- 1", "found [1]"),
+        ("optim: 3\n", "optim: 3 is not valid; expected settings, such as optim.name"),
+        ("optim:\n", "found {'optim': None}"),
         ("!!python/object/apply:os.system ['true']", "python/object"),
     ],
 )
@@ -134,8 +143,48 @@ def test_mistakes_in_a_recipe(tmp_path, content, expected):
     path.write_text(content)
     with pytest.raises(ConfigError) as error:
         parse(Config, [f"--config={path}"])
+    assert str(path) in str(error.value)
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_mistake_names_the_recipe_that_has_it(recipe, tmp_path):
+    other = tmp_path / "other.yaml"
+    other.write_text("optim: {lr: fast}\n")
+    with pytest.raises(ConfigError, match=rf"^{other}: optim.lr: 'fast' is not valid"):
+        parse(Config, ["--config", str(recipe), "--config", str(other)])
+    with pytest.raises(ConfigError, match=r"^optim.lr: 'slow' is not valid"):
+        parse(Config, ["--config", str(recipe), "--optim.lr=slow"])
+
+
+def test_bytes_that_are_no_text_are_no_recipe(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(b"\x80\xff")
+    with pytest.raises(ConfigError, match="is not a recipe in YAML: 'utf-8' codec"):
+        parse(Config, [f"--config={path}"])
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("resnet50_bat", "did you mean 'image/recipes/resnet50_bat.yaml'?"),
+        ("image/recipes/resnet50-bat.yml", "did you mean 'image/recipes/resnet50_bat.yaml'?"),
+        ("zzz", "recipes are in 'image/recipes'"),
+        ("image", "is not an existing file"),
+    ],
+)
+def test_a_recipe_that_is_not_there(name, expected, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ConfigError) as error:
+        parse(image.train.Config, ["--config", name])
+    assert str(error.value).startswith(f"config: {name!r} is not an existing file; ")
+    assert expected in str(error.value)
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_what_is_positional_is_missing(many):
+    with pytest.raises(ConfigError, match=r"^no run: expected a run's folder\.$"):
+        parse(Config, [], positional=Positional("run", "A run's folder.", many))
 
 
 def test_help_explains_every_field(capsys):

@@ -14,8 +14,9 @@ import image.models  # noqa: F401
 import video.models  # noqa: F401
 from benchmarks.export_all import awaken
 from common.attention.attach import attach
-from common.errors import UserError
-from common.export import checked, difference, encoded
+from common.errors import ConfigError, UserError
+from common.export import checked, difference, encoded, main, open_model
+from common.models.build import misfit
 from common.models.table import read_rows
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -38,7 +39,7 @@ NAMES += [name for name in timm.list_models(["c2d_resnet50*", "i3d_resnet50*"]) 
 
 def check(model, size):
     """Batches of one, and of another size than that which was traced; no part of the network is idle."""
-    awaken(model, size)
+    awaken(model, size, 2)
     for suffix in (".onnx", ".pt2"):
         content = encoded(model, suffix, size, {"model": "this"})
         # Torch's own logits are up to 2e-5 from those in float64 (mobilenetv2_100_noah).
@@ -46,6 +47,44 @@ def check(model, size):
         if suffix == ".onnx":
             about = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"]).get_modelmeta()
             assert about.custom_metadata_map["model"] == "this"
+
+
+@pytest.mark.parametrize("size", [(1, 64, 64), (3, 64), (3, 8, 64, 64)])
+def test_a_size_that_does_not_fit_has_a_reason_in_one_line(size):
+    model = timm.create_model("resnet18_bat", num_classes=2, layers=[1] * 4, channels=[16] * 4)
+    assert misfit(model, (3, 64, 64)) is None
+    why = misfit(model, size)
+    assert why
+    assert "\n" not in why
+
+
+def test_a_size_that_does_not_fit_is_refused(tmp_path, monkeypatch):
+    torch.save(timm.create_model("resnet164").state_dict(), tmp_path / "resnet164.pth")
+    words = [str(tmp_path / "resnet164.pth"), str(tmp_path / "x.onnx"), "--model", "resnet164"]
+    monkeypatch.setattr("sys.argv", ["export", *words, "--input-size", "1", "32", "32"])
+    with pytest.raises(ConfigError, match="^--input-size 1 32 32 does not fit the network: "):
+        main()
+    assert not (tmp_path / "x.onnx").exists()
+
+
+@pytest.mark.parametrize("words", [["--input-size", "3", "-1", "64"], ["--num-classes", "0"]])
+def test_numbers_below_one_are_refused(words, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "sys.argv", ["export", "FILE", str(tmp_path / "x.onnx"), "--model", "resnet18_bat", *words]
+    )
+    with pytest.raises(ConfigError, match=f"^{' '.join(words)}: expected at least 1$"):
+        main()
+
+
+def test_a_file_has_its_models_own_number_of_classes(tmp_path):
+    model = timm.create_model("resnet164_fbn")
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    opened, _ = open_model(str(tmp_path / "weights.pth"), "resnet164_fbn")
+    assert opened.num_classes == 10
+    with pytest.raises(
+        UserError, match="model.name = 'resnet164_fb': no such model; did you mean 'resnet164_fbn'"
+    ):
+        open_model(str(tmp_path / "weights.pth"), "resnet164_fb")
 
 
 def test_a_file_of_another_network_is_refused():

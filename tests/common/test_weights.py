@@ -237,6 +237,9 @@ def test_folders_of_runs_and_checkpoints(tmp_path, state, averaged):
         assert line == f"weights from {newest / list(content)[-1]}: every key loaded"
     with pytest.raises(WeightsError, match="neither a run's folder nor one of its checkpoints"):
         load_weights(Net(), tmp_path)
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(WeightsError, match=f"the run '{tmp_path}' has no whole checkpoint yet"):
+        load_weights(Net(), tmp_path)
     line = load_weights(Net(outputs=5), newest, strict=False)
     assert "misshapen: fc.weight (2, 3) for (5, 3), fc.bias (2,) for (5,)" in line
 

@@ -145,6 +145,10 @@ def test_disk_full_is_one_line_and_goes_on(tmp_path: Path, source: Path, form: s
         (["recordio", "{tmp}/in", "{tmp}/in"], "there already and is not this data set"),
         (["recordio", "{tmp}/in", "{tmp}/out", "--quality", "101"], "quality: 101 is not between 1 and 100"),
         (["recordio", "{tmp}/in", "{tmp}/out", "--workers", "0"], "workers: 0"),
+        (
+            ["recordio", "{tmp}/in", "{tmp}/out", "--max-unreadable", "5"],
+            "max-unreadable: 5.0 is not a share",
+        ),
         (["recordio", "{tmp}/in", "{tmp}/out", "--parts", "x"], "argument --parts: invalid int value: 'x'"),
         (["recordio", "{tmp}/in", "pipe:cat"], "'pipe:cat' is not a local folder"),
         (["recordio", "{tmp}/in", "/proc/out"], "/proc/out: "),

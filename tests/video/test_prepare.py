@@ -175,9 +175,16 @@ def test_frames_become_folders_and_a_list(digits, tmp_path):
     assert main(["check", str(out / "val.txt"), "--read-mode", "img", "--workers", "1"]) == 0
 
 
-def test_mistakes_are_one_line():
+def test_mistakes_are_one_line(tmp_path):
+    (tmp_path / "a" / "jumps").mkdir(parents=True)
     for words, expected in (
-        (["list", "no/where"], "no folder train, val or test"),
+        (["list", "no/where"], "'no/where' is not an existing folder"),
+        (["list", str(tmp_path)], "no folder train, val or test"),
+        (
+            ["list", str(tmp_path), "--split", "a"],
+            "a: no videos found; expected files such as a/CLASS/NAME.mp4",
+        ),
+        (["shards", "no/train.txt", "out"], "'no/train.txt' is not an existing list"),
         (["check", "no.txt"], "no.txt: No such file"),
         (["digitz", "x"], "invalid choice"),
         (["check", "no.txt", "--workers", "0"], "workers: 0"),
