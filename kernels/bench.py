@@ -84,9 +84,7 @@ def main() -> None:
     out = arguments.out or RESULTS / f"kernels_{device}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     made_with = {
-        "device": platform.processor() or platform.machine()
-        if arguments.cpu
-        else torch.cuda.get_device_name(),
+        "device": processor() if arguments.cpu else torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
         "threads": 1 if arguments.cpu else torch.get_num_threads(),

@@ -1,13 +1,13 @@
-"""Batch norm followed by ReLU and pooling: one pass over the map where :mod:`kernels.norm` has it."""
+"""Batch norms: as a scale and a shift, and with ReLU and pooling in one pass where :mod:`kernels.norm` has a kernel."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from common.attention.tiles import update_running, uses_batch
 from kernels import norm as kernel
 
 
@@ -50,3 +50,35 @@ def _by_kernel(x: Tensor, norm: Any, window: int) -> Tensor:
         count = x[:, 0].numel()
         update_running(norm, mean, variance * (count / (count - 1)))
     return y
+
+
+def uses_batch(norm: nn.BatchNorm2d) -> bool:
+    """Whether ``norm`` takes its statistics from the batch."""
+    return norm.training or norm.running_mean is None
+
+
+def folded(
+    norm: Any, count: int, batch_moments: Callable[[], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """``norm`` as a scale and shift per channel, of its parameters' dtype or float32 if that is finer.
+
+    In training from ``batch_moments()``, the mean and biased variance over ``count`` samples, which
+    also go into the running statistics by torch's rules.
+    """
+    if uses_batch(norm):
+        mean, variance = batch_moments()
+        if norm.training and norm.track_running_stats:
+            update_running(norm, mean, variance * (count / (count - 1)))
+    else:
+        mean, variance = norm.running_mean, norm.running_var
+    dtype = torch.promote_types(norm.weight.dtype, torch.float32)
+    scale = norm.weight * torch.rsqrt(variance + norm.eps)
+    return scale.to(dtype), (norm.bias - mean * scale).to(dtype)
+
+
+def update_running(norm: Any, mean: Tensor, unbiased_variance: Tensor) -> None:
+    """The running statistics of ``norm`` after a batch."""
+    norm.num_batches_tracked.add_(1)  # torch.compile returns it in place of the result when it is `+= 1`
+    momentum = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
+    for running, batch in ((norm.running_mean, mean), (norm.running_var, unbiased_variance)):
+        running.mul_(1 - momentum).add_((batch.detach() * momentum).to(running.dtype))

@@ -17,27 +17,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from common.attention.norms import folded, update_running, uses_batch
 from common.attention.tiles import (
     Footprint,
     Grid,
+    NormedFootprint,
     Reflected,
     aggregated,
     conv1x1,
-    folded,
+    evenly,
     joined,
     merged,
-    moments,
+    moments_of_differences,
     over,
-    per_channel,
-    update_running,
-    uses_batch,
 )
 from kernels import pairwise, patchwise
-from kernels.differences import difference_moments
 from kernels.footprint import same_padding
-from kernels.reference import aggregation, footprint, subtraction2
+from kernels.reference import aggregation, footprint, per_channel, subtraction2
 
 # Values of the expanded tensor in one tile: what a core's cache holds on a CPU, elsewhere what fills the device.
 TILE_VALUES = {"cpu": 1 << 20}
@@ -88,7 +85,9 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) → (N, out_channels, H', W') with H' = (H − 1) // stride + 1."""
-        return self.fused(x) if self._can_fuse(x) else self.reference(x)
+        y = self.fused(x) if self._can_fuse(x) else self.reference(x)
+        last = x.is_contiguous(memory_format=torch.channels_last)
+        return y.contiguous(memory_format=torch.channels_last) if last else y
 
     def reference(self, x: Tensor) -> Tensor:
         """The definition: the values under the footprint, summed with the attention weights."""
@@ -125,9 +124,9 @@ class SelfAttention(nn.Module):
         """
         layers = [self.conv1, self.conv2, self.conv3]
         if x.numel() < sum(layer.weight.numel() for layer in layers):
-            return [layer(x) for layer in layers]
+            return [conv1x1(x, layer.weight, layer.bias) for layer in layers]
         weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
-        return list(F.conv2d(x, weight, bias).split([layer.out_channels for layer in layers], 1))
+        return list(conv1x1(x, weight, bias).split([layer.out_channels for layer in layers], 1))
 
     def _at_centre(self, x: Tensor) -> Tensor:
         return x[:, :, :: self.stride, :: self.stride].contiguous()
@@ -148,7 +147,7 @@ class SelfAttention(nn.Module):
         height, width = output.shape[2:]
         budget = TILE_VALUES.get(output.device.type, TILE_VALUES_ELSEWHERE)
         row = channels * self.kernel_size**2 * width
-        rows, images = min(max(budget // row, 1), height), max(budget // (row * height), 1)
+        rows, images = evenly(height, budget // row), evenly(len(output), budget // (row * height))
         reach = self.dilation * (self.kernel_size - 1) + 1
         spans = [(top, min(top + rows, height)) for top in range(0, height, rows)]
         under = [(top * self.stride, (bottom - 1) * self.stride + reach) for top, bottom in spans]
@@ -181,7 +180,7 @@ class PairwiseAttention(SelfAttention):
         norm1, _, mix, norm2, _, to_weight = layers
         count = centre[:, 0].numel() * self.kernel_size**2
 
-        scale1, shift1 = folded(norm1, count, lambda: difference_moments(centre, around, *self._window))
+        scale1, shift1 = folded(norm1, count, lambda: moments_of_differences(centre, around, *self._window))
         centre, around = per_channel(scale1) * centre + per_channel(shift1), per_channel(-scale1) * around
         if self._runs_kernel(value):
             return self._by_kernel(centre, around, value)
@@ -197,7 +196,7 @@ class PairwiseAttention(SelfAttention):
             return aggregated(weight, value, *self._window)
 
         hidden = over(hidden_of, centres, arounds) if uses_batch(norm2) else []
-        scale2, shift2 = folded(norm2, count, lambda: merged(over(moments, hidden)))
+        scale2, shift2 = folded(norm2, count, lambda: merged(hidden))
         if hidden:
             return joined(over(output_of, hidden, values))
         return joined(over(lambda c, a, v: output_of(hidden_of(c, a), v), centres, arounds, values))
@@ -260,18 +259,19 @@ class PatchwiseAttention(SelfAttention):
 
         scale, shift = folded(norm1, centre[:, 0].numel(), lambda: self._concatenated_moments(centre, around))
         centre = (per_channel(scale[:rel]) * centre + per_channel(shift[:rel])).relu_()
-        of_centre = conv1x1(centre.to(value.dtype), mix.weight[:, :rel])
-        scale, shift = (t[rel:].view(rel, positions, 1, 1) for t in (scale, shift))
+        to_centre, to_around = (part.contiguous() for part in mix.weight.tensor_split([rel], 1))
+        of_centre = conv1x1(centre.to(value.dtype), to_centre)
+        scale, shift = (t[rel:].view(rel, positions) for t in (scale, shift))
 
         if patchwise.runs(around.device, self.kernel_size, around.dtype):
             exact = torch.promote_types(around.dtype, torch.float32)
-            weights = (scale.flatten(1), shift.flatten(1), mix.weight[:, rel:].reshape(-1, rel, positions))
+            weights = (scale, shift, to_around.view(-1, rel, positions))
             patches = patchwise.mix_patches(around, *(w.to(exact) for w in weights), *self._window)
             return self._summed(act(norm2(patches + of_centre)), value)
 
         def hidden_of(of_centre: Tensor, around: Tensor) -> Tensor:
-            normed = torch.addcmul(shift, scale, Footprint.apply(around, *self._window)).relu_()
-            return conv1x1(normed.flatten(1, 2).to(value.dtype), mix.weight[:, rel:]).add_(of_centre)
+            normed = NormedFootprint.apply(around, scale, shift, *self._window)
+            return conv1x1(normed.flatten(1, 2).to(value.dtype), to_around).add_(of_centre)
 
         hidden = joined(over(hidden_of, *self._tiles(of_centre, [around], rel)))
         return self._summed(act(norm2(hidden)), value)

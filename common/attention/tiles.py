@@ -1,4 +1,4 @@
-"""What makes SAN's modules fast without a kernel: maps in tiles, made again in the backward pass, and folded norms.
+"""What makes SAN's modules fast without a kernel: maps in tiles, made again in the backward pass.
 
 A *footprint* is the window of K positions around a pixel; ``window`` stands for kernel size, stride and dilation.
 """
@@ -9,14 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from kernels import san
+from kernels import differences, san
 from kernels.footprint import output_side
-from kernels.reference import pad, reflected
+from kernels.reference import difference_moments, pad, per_channel, reflected
 
 Grid = list[list[Tensor]]
 """Tiles of a map, by group of images and from top to bottom."""
@@ -24,12 +24,11 @@ Grid = list[list[Tensor]]
 
 def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A 1×1 convolution over any number of trailing dimensions, (n, c, …) → (n, o, …)."""
-    return F.conv2d(x.flatten(3), weight, bias).unflatten(3, x.shape[3:])
-
-
-def per_channel(x: Tensor, trailing: int = 2) -> Tensor:
-    """(C,) → (C, 1, …) with ``trailing`` ones."""
-    return x.view(-1, *[1] * trailing)
+    # With one thread and fewer than 16 images, as a tile has, torch leaves oneDNN only what is dilated, which a 1×1
+    # convolution cannot tell. oneDNN is the faster one where many channels go to many.
+    wide = x.device.type == "cpu" and x.dtype == torch.float32 and min(weight.shape[:2]) >= 64
+    dilation = 2 if wide and torch.backends.mkldnn.is_available() else 1
+    return F.conv2d(x.flatten(3), weight, bias, dilation=dilation).unflatten(3, x.shape[3:])
 
 
 def shifted(padded: Tensor, kernel_size: int, stride: int, dilation: int) -> list[Tensor]:
@@ -85,31 +84,67 @@ class Footprint(torch.autograd.Function):
         return of_padded, None, None, None
 
 
+class NormedFootprint(torch.autograd.Function):
+    """relu(scale · footprint + shift) of a padded map (n, C, …) with scale and shift (C, K): (n, C, K, h, w).
+
+    A position at a time, which keeps what is between out of memory.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, padded: Tensor, scale: Tensor, shift: Tensor, *window: int) -> Tensor:
+        views = shifted(padded, *window)
+        n, channels, *sides = views[0].shape
+        normed = scale.new_empty((n, channels, len(views), *sides))
+        for of, view, by, plus in zip(normed.unbind(2), views, scale.unbind(1), shift.unbind(1)):
+            torch.addcmul(per_channel(plus), per_channel(by), view, out=of).relu_()
+        ctx.save_for_backward(padded, scale, normed)
+        ctx.window = window
+        return normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        padded, scale, normed = ctx.saved_tensors
+        of_padded = torch.zeros_like(padded, dtype=scale.dtype)
+        passed, of_scale = torch.ops.aten.threshold_backward(grad, normed, 0), []
+        views, of_views = shifted(padded, *ctx.window), shifted(of_padded, *ctx.window)
+        for view, of_view, by, of in zip(views, of_views, scale.unbind(1), passed.unbind(2)):
+            of_view.addcmul_(of, per_channel(by))
+            of_scale.append((of * view).sum((0, 2, 3)))
+        return of_padded.to(padded.dtype), torch.stack(of_scale, 1), passed.sum((0, 3, 4)), None, None, None
+
+
 class Aggregation(torch.autograd.Function):
-    """:func:`kernels.reference.aggregation` of a padded map (n, Cv, …), weights (n, Cw, K, h, w); expands nothing."""
+    """:func:`kernels.reference.aggregation` of a padded map (n, Cv, …), weights (n, Cw, K, h, w); expands nothing.
+
+    What lies side by side in memory is computed at once: a row, or where rows are short, the channels.
+    """
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, padded: Tensor, *window: int) -> Tensor:
+        ctx.window, ctx.layout = window, torch.contiguous_format
+        if weight.shape[1] > weight.shape[4]:
+            ctx.layout = torch.channels_last
+            weight = weight.contiguous(memory_format=torch.channels_last_3d)
+            padded = padded.contiguous(memory_format=torch.channels_last)
         ctx.save_for_backward(weight, padded)
-        ctx.window = window
         values, weights = grouped(padded, weight.shape[1], window), weight.unsqueeze(1).unbind(3)
         total = weights[0] * values[0]
         for at_position, value in zip(weights[1:], values[1:]):
             total.addcmul_(at_position, value)
-        return total.flatten(1, 2)
+        return total.flatten(1, 2).contiguous()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, padded = ctx.saved_tensors
-        grad = grad.unflatten(1, (-1, weight.shape[1]))
-        values = grouped(padded, weight.shape[1], ctx.window)
-        of_weight = torch.stack([(grad * value).sum(1) for value in values], 2)
-        of_padded = torch.zeros_like(padded)
-        for view, at_position in zip(
-            grouped(of_padded, weight.shape[1], ctx.window), weight.unsqueeze(1).unbind(3)
-        ):
-            view.addcmul_(at_position, grad)
+        grad = grad.contiguous(memory_format=ctx.layout).unflatten(1, (-1, weight.shape[1]))
+        of_weight, of_padded = torch.empty_like(weight), torch.zeros_like(padded)
+        for value, of_position in zip(grouped(padded, weight.shape[1], ctx.window), of_weight.unbind(2)):
+            torch.sum(grad * value, 1, out=of_position)
+        of_values = grouped(of_padded, weight.shape[1], ctx.window)
+        for of_value, at_position in zip(of_values, weight.unsqueeze(1).unbind(3)):
+            of_value.addcmul_(at_position, grad)
         return of_weight, of_padded, None, None, None
 
 
@@ -124,6 +159,13 @@ def aggregated(weight: Tensor, padded: Tensor, *window: int) -> Tensor:
         return san.padded_aggregation(padded, weight.flatten(3).to(padded.dtype), *window)
     exact = torch.promote_types(padded.dtype, torch.float32)
     return Aggregation.apply(weight.to(exact), padded.to(exact), *window).to(padded.dtype)
+
+
+def moments_of_differences(centre: Tensor, around: Tensor, *window: int) -> tuple[Tensor, Tensor]:
+    """:func:`kernels.differences.difference_moments`, which keeps the maps alone, with a kernel or without."""
+    if differences.runs(around.device, torch.promote_types(around.dtype, torch.float32)):
+        return differences.difference_moments(centre, around, *window)
+    return DifferenceMoments.apply(centre, around, *window)
 
 
 def over(function: Callable[..., Tensor], *grids: Grid) -> Grid:
@@ -143,50 +185,81 @@ def joined(tiles: Grid) -> Tensor:
     return torch.cat([torch.cat(group, 2) for group in tiles])
 
 
-def uses_batch(norm: nn.BatchNorm2d) -> bool:
-    """Whether ``norm`` takes its statistics from the batch."""
-    return norm.training or norm.running_mean is None
+class DifferenceMoments(torch.autograd.Function):
+    """:func:`kernels.reference.difference_moments`, with a backward pass that sums along rows, then columns.
 
-
-def folded(
-    norm: Any, count: int, batch_moments: Callable[[], tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor]:
-    """``norm`` as a scale and shift per channel, of its parameters' dtype or float32 if that is finer.
-
-    In training from ``batch_moments()``, the mean and biased variance over ``count`` samples, which
-    also go into the running statistics by torch's rules.
+    In float64 as well, and for the same reason; it keeps its arguments alone.
     """
-    if uses_batch(norm):
-        mean, variance = batch_moments()
-        if norm.training and norm.track_running_stats:
-            update_running(norm, mean, variance * (count / (count - 1)))
-    else:
-        mean, variance = norm.running_mean, norm.running_var
-    dtype = torch.promote_types(norm.weight.dtype, torch.float32)
-    scale = norm.weight * torch.rsqrt(variance + norm.eps)
-    return scale.to(dtype), (norm.bias - mean * scale).to(dtype)
+
+    @staticmethod
+    def forward(ctx: Any, centre: Tensor, around: Tensor, *window: int) -> tuple[Tensor, Tensor]:
+        mean, variance = difference_moments(centre, around, *window)
+        ctx.save_for_backward(centre, around, mean)
+        ctx.window = window
+        return mean, variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_mean: Tensor, of_variance: Tensor) -> tuple[Tensor | None, ...]:
+        centre, around, mean = ctx.saved_tensors
+        dtype, positions = centre.dtype, ctx.window[0] ** 2
+        count = centre[:, 0].numel() * positions
+        factor = per_channel(2 * of_variance / count)
+        # The gradient of a difference is this, less `factor` times the pixel under the footprint.
+        of_each = (centre - per_channel(mean)).mul_(factor).add_(per_channel(of_mean / count))
+        around = around.double()
+        near, of_near, times = around, of_each, torch.ones_like(of_each[:1, :1])
+        for dim in (2, 3):
+            near = along(near, dim, *ctx.window).sum(-1)
+            of_near, times = (spread_along(x, dim, around.shape[dim], *ctx.window) for x in (of_near, times))
+        of_centre = of_each.mul_(positions).sub_(near.mul_(factor))
+        of_around = around.mul(times).mul_(factor).sub_(of_near)
+        return of_centre.to(dtype), of_around.to(dtype), None, None, None
 
 
-def update_running(norm: Any, mean: Tensor, unbiased_variance: Tensor) -> None:
-    """The running statistics of ``norm`` after a batch."""
-    norm.num_batches_tracked.add_(1)  # torch.compile returns it in place of the result when it is `+= 1`
-    momentum = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
-    for running, batch in ((norm.running_mean, mean), (norm.running_var, unbiased_variance)):
-        running.mul_(1 - momentum).add_((batch.detach() * momentum).to(running.dtype))
+def along(padded: Tensor, dim: int, kernel_size: int, stride: int, dilation: int) -> Tensor:
+    """The pixels under a footprint along ``dim`` alone, as a last dimension: a view."""
+    return padded.unfold(dim, dilation * (kernel_size - 1) + 1, stride)[..., ::dilation]
 
 
-def moments(x: Tensor) -> Tensor:
-    """(n, C, …) → (3, C): number of samples, mean and biased variance per channel."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(2)
-    count = x[:, 0].numel()
-    mean = x.sum((0, 2)) / count
-    variance = (x - mean.unsqueeze(1)).square().sum((0, 2)) / count
-    return torch.stack((torch.full_like(mean, count), mean, variance))
+def spread_along(x: Tensor, dim: int, side: int, *window: int) -> Tensor:
+    """The transpose of summing :func:`along`: every value added wherever its footprint lies."""
+    padded = x.new_zeros((*x.shape[:dim], side, *x.shape[dim + 1 :]))
+    for view in along(padded, dim, *window).unbind(-1):
+        view.add_(x)
+    return padded
+
+
+class Moments(torch.autograd.Function):
+    """(n, C, …) → (3, C): number of samples, mean and biased variance per channel; keeps nothing but its argument."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        exact = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(2)
+        count = exact[:, 0].numel()
+        mean = exact.sum((0, 2)) / count
+        variance = (exact - mean.unsqueeze(1)).square_().sum((0, 2)) / count
+        ctx.save_for_backward(x, mean)
+        return torch.stack((torch.full_like(mean, count), mean, variance))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        x, mean = ctx.saved_tensors
+        of_mean, of_variance = (per_channel(of / x[:, 0].numel(), x.dim() - 2) for of in grad[1:])
+        of_x = (x - per_channel(mean, x.dim() - 2)).mul_(2 * of_variance).add_(of_mean)
+        return of_x.to(x.dtype)
 
 
 def merged(tiles: Grid) -> tuple[Tensor, Tensor]:
-    """Mean and variance over all samples from the :func:`moments` of tiles."""
-    count, means, variances = torch.stack([tile for group in tiles for tile in group], 1)
+    """Mean and biased variance per channel over all samples of tiles (n, C, …)."""
+    count, means, variances = torch.stack([Moments.apply(tile) for group in tiles for tile in group], 1)
     share = count / count.sum(0)
     mean = (share * means).sum(0)
     return mean, (share * (variances + (means - mean).square())).sum(0)
+
+
+def evenly(total: int, most: int) -> int:
+    """The size of equal parts of ``total``, at most ``most`` where that is at least 1."""
+    parts = -(-total // max(most, 1))
+    return -(-total // parts) if parts else 1

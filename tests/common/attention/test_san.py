@@ -78,6 +78,38 @@ def test_footprint_larger_than_the_map(kind: type[SelfAttention], side: int) -> 
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_many_channels_and_short_rows(kind: type[SelfAttention]) -> None:
+    """As in a network's last stage: other convolutions, and channels side by side in memory."""
+    torch.manual_seed(0)
+    module, x = kind(96, 64, 128, share=2, kernel_size=3), torch.randn(3, 96, 4, 5)
+    output, after = run(module, "fused", x)
+    expected, expected_after = run(module.double(), "reference", x.double())
+    for name, tensor in {"output": output, **after}.items():
+        exact = {"output": expected, **expected_after}[name].double()
+        error = (tensor.double() - exact).norm()
+        # A bias before a softmax or a norm has a gradient of nothing but rounding.
+        assert error <= 1e-5 * exact.norm() + 1e-4, f"{name}: {error:.2g} of {exact.norm():.2g}"
+
+
+@pytest.mark.parametrize("channels", [(96, 64), (64, 80), (8, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_conv1x1(channels: tuple[int, int], dtype: torch.dtype) -> None:
+    x = torch.randn(2, channels[0], 3, 4, 5, dtype=dtype)
+    weight, bias = (
+        torch.randn(channels[1], channels[0], 1, 1, dtype=dtype),
+        torch.randn(channels[1], dtype=dtype),
+    )
+    expected = torch.einsum("oc,nckhw->nokhw", weight.flatten(1).double(), x.double())
+    expected = expected + bias.double().view(-1, 1, 1, 1)
+    torch.testing.assert_close(tiles.conv1x1(x, weight, bias).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("total, most, expected", [(4, 3, 2), (56, 24, 19), (7, 0, 1), (5, 9, 5), (0, 3, 1)])
+def test_equal_parts(total: int, most: int, expected: int) -> None:
+    assert tiles.evenly(total, most) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_float32_training(kind: type[SelfAttention]) -> None:
     """Small differences of large features: where sums of squares would lose all digits."""
     module = made(kind, torch.float32, kernel_size=5)
@@ -252,3 +284,10 @@ def test_the_kernels_operators_are_the_definition(
     expected, expected_after = run(module, "reference", x)
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close(after, expected_after)
+
+
+@pytest.mark.parametrize("kind", [PairwiseAttention, PatchwiseAttention])
+def test_the_result_lies_in_memory_as_the_input_does(kind: type[SelfAttention]) -> None:
+    module, x = kind(16, 4, 8, kernel_size=3), torch.randn(2, 16, 5, 6)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        assert module(x.contiguous(memory_format=layout)).is_contiguous(memory_format=layout)
