@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import inspect
 import re
 import sys
 import typing
@@ -30,7 +29,7 @@ from jsonargparse import (
 )
 
 from common.errors import ConfigError
-from common.recipes import read_recipe, recipes_in
+from common.recipes import given, read_recipe, recipes_of
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -102,8 +101,7 @@ def parse(
     for i, word in enumerate(argv):  # a switch alone is on
         if word in switches and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
             argv[i] = f"{word}=true"
-    folder = Path(inspect.getfile(cls)).parent / "recipes"
-    recipes = {path: read_recipe(path, folder) for path in recipes_in(argv)}
+    recipes = {path: read_recipe(path, recipes_of(cls)) for path in given(argv, "--config")}
     try:
         namespace = parser.parse_args(argv)
         return build(cls, namespace.as_dict()), getattr(namespace, positional.name) if positional else None

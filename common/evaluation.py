@@ -13,6 +13,7 @@ from common.config import Positional, parse
 from common.data.quarantine import Quarantine
 from common.engine.run import read_file, run_of, write_json
 from common.errors import ConfigError
+from common.recipes import given, recipes_of
 from common.report.pictures import draw_confusion
 
 CHECKPOINT = Positional("run", "A run's folder, one checkpoint's folder, or a file of weights.")
@@ -50,7 +51,8 @@ def parse_with_run(
 ) -> tuple[T, Any, Path | None]:
     """:func:`parse_checkpoint` with what is positional given, whose first word is the checkpoint; unchecked.
 
-    The settings' ``out`` is the run's folder, unless the command line names another.
+    The settings' ``out`` is the run's folder, unless the command line names another. Without a run the settings begin
+    with the recipe of the network that the command line names, if it has one: its images were normalised as that says.
     """
     words = {word.split("=")[0] for word in argv}
     if not words & {"-h", "--help", "--print_config"} and (not argv or argv[0].startswith("-")):
@@ -59,6 +61,9 @@ def parse_with_run(
         )
     run = run_of(argv[0]) if argv and not argv[0].startswith("-") else None
     recipe = run / "config.yaml" if run else None
+    own = [recipes_of(cls) / f"{name}.yaml" for name in given(argv, "--model.name")]
+    if run is None and "--config" not in words and own and own[-1].is_file():
+        argv = [argv[0], f"--config={own[-1]}", *argv[1:]]
     try:
         config, value = parse(
             cls, argv, default_recipe=recipe, positional=positional, description=description

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -13,10 +14,15 @@ import yaml
 from common.errors import ConfigError
 
 
-def recipes_in(argv: Sequence[str]) -> list[str]:
-    """The files that a command line names by ``--config``, in order."""
-    after = [value for word, value in pairwise(argv) if word == "--config"]
-    return [word.partition("=")[2] for word in argv if word.startswith("--config=")] + after
+def given(argv: Sequence[str], option: str) -> list[str]:
+    """What a command line gives for ``option``, such as ``--config``: first after ``=``, then as words of their own."""
+    after = [value for word, value in pairwise(argv) if word == option]
+    return [word.partition("=")[2] for word in argv if word.startswith(f"{option}=")] + after
+
+
+def recipes_of(settings: type) -> Path:
+    """The folder of the recipes for such settings."""
+    return Path(inspect.getfile(settings)).parent / "recipes"
 
 
 def read_recipe(path: str, folder: Path) -> dict[str, Any]:

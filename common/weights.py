@@ -12,7 +12,7 @@ import tarfile
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PosixPath
 from typing import Any
 
 import numpy as np
@@ -28,12 +28,13 @@ StateDict = dict[str, Tensor]
 Layout = Callable[[StateDict], StateDict]
 
 _LAYOUTS: dict[str, Layout] = {}
-_WRAPPERS = ("state_dict", "model", "model_state_dict")
+_WRAPPERS = ("state_dict", "model", "model_state_dict", "state_dict_ema", "model_ema")
 
 # What training programs put beside the weights: their command line, and accuracies as NumPy's numbers.
 _SCALAR = np.float64(0).__reduce__()[0]
 _PLAIN_DATA: list[Any] = [
     argparse.Namespace,
+    *((PosixPath, f"pathlib{part}.PosixPath") for part in ("", "._local")),
     np.dtype,
     *(type(np.dtype(kind)) for kind in "fdilq"),
     *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
@@ -132,7 +133,8 @@ def load_state(
     """Load ``state`` (the model's own names) into ``model``; see :func:`load_published`."""
     own = model.state_dict()
     report = LoadReport(
-        missing=[key for key in own if key not in state],
+        # PyTorch before 0.4.1 did not count batches; nothing but a cumulative average needs it.
+        missing=[key for key in own if key not in state and not key.endswith(".num_batches_tracked")],
         unexpected=[key for key in state if key not in own],
         misshapen=[
             f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
@@ -156,7 +158,8 @@ def load_weights(model: nn.Module, path: str | Path, strict: bool = True) -> str
 
     Args:
         path: a run's folder (its newest checkpoint), one checkpoint's folder, or a file: one of ours or a
-            published checkpoint. Where a checkpoint holds averaged weights (EMA), those are taken.
+            published checkpoint. Of a run's averaged weights (EMA) and the others the averaged are taken, of a
+            published file's the others.
         strict: see :func:`load_published`.
 
     Returns:
@@ -221,7 +224,7 @@ def _refuse_foreign(path: Path) -> None:
         if file.read(8) == _MXNET:
             raise WeightsError(
                 f"{path}: MXNet's .params format is not supported; load it with MXNet and save it as {{name: tensor}} "
-                "with safetensors, under this project's names"
+                "with safetensors, under the names it has"
             )
     if tarfile.is_tarfile(path):
         raise WeightsError(

@@ -69,7 +69,7 @@ def listing() -> list[str]:
     for name in names:
         what = "published names are translated" if name in translated else "published names are ours"
         if papers.get(name) == "FBN":
-            what = "published as MXNet's .params, which cannot be read"
+            what = "MXNet's published names are translated, its .params files not read"
         lines.append(f"{name:<{width}}  {what}")
     return lines
 

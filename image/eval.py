@@ -5,7 +5,8 @@
     python image/eval.py FILE --model.name san10_pairwise --data.path DATA     published weights
 
 Prints top-1, top-5, loss and per-class accuracy; writes them as JSON with a picture of the confusion matrix.
-With a run, all settings are those of the run, and options given here override them. The files go to the run's
+With a run, all settings are those of the run; with a file of weights, those of the recipe of the network's name, if
+there is one. Options given here override them. The files go to the run's
 folder, or to --out.
 """
 

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from cifar.models.preact_resnet import CIFAR, build_cifar
 from common.models.convnet import Branches, ConvNet, conv_norm_act, default_cfg, init_weights, with_fbn
+from common.models.mxnet import from_mxnet, head_layer
+from common.weights import StateDict, published_layout
 
 default_cfgs = generate_default_cfgs(
     {
@@ -18,6 +20,23 @@ default_cfgs = generate_default_cfgs(
         for name in ("inception_bn_small", "inception_bn_small_fbn", "inception_bn_small_bilinear")
     }
 )
+
+
+# The blocks of each stage; the first of the second and third stage has no 1×1.
+_UNITS = ["stem"] + [
+    f"stages.{stage}.{block}.{branch}"
+    for stage, blocks in enumerate((2, 5, 3))
+    for block in range(blocks)
+    for branch in (("conv3",) if stage and block == 0 else ("single", "conv3"))
+]
+
+
+@published_layout("inception_bn_small", "inception_bn_small_fbn", "inception_bn_small_bilinear")
+def from_published(state: StateDict) -> StateDict:
+    """MXNet's names: ``convolution0``, ``batchnorm0`` and so on, numbered through."""
+    names = {f"convolution{i}": f"{own}.conv" for i, own in enumerate(_UNITS)}
+    names |= {f"batchnorm{i}": f"{own}.norm" for i, own in enumerate(_UNITS)}
+    return from_mxnet(state, lambda layer: names.get(layer) or head_layer(layer))
 
 
 class BilinearHead(nn.Module):

@@ -9,7 +9,9 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 from common.models.convnet import ConvNet, default_cfg, with_fbn
+from common.models.mxnet import from_mxnet, head_layer
 from common.models.preact import preact_resnet
+from common.weights import StateDict, published_layout
 
 CIFAR = {"num_classes": 10, "crop_pct": 1.0, "pool_size": (8, 8)}
 
@@ -19,6 +21,30 @@ default_cfgs = generate_default_cfgs(
         for name in ("resnet164", "resnet164_fbn", "resnet1001", "resnet1001_fbn")
     }
 )
+
+
+@published_layout("resnet164", "resnet164_fbn", "resnet1001", "resnet1001_fbn")
+def from_published(state: StateDict) -> StateDict:
+    """MXNet's names: ``convolution0``, ``batchnorm0`` and so on, numbered through as the network was put together."""
+    units = sum("batchnorm" in key and key.endswith("_gamma") for key in state) // 9
+    names = _numbered(units)
+    return from_mxnet(state, lambda layer: names.get(layer) or head_layer(layer))
+
+
+def _numbered(units: int) -> dict[str, str]:
+    """MXNet's name → ours, of all layers but the head's named ones; ``units`` a stage."""
+    convs, norms = ["stem"], []
+    for stage, unit in ((stage, unit) for stage in range(3) for unit in range(units)):
+        parts = (
+            ("convs.0", "shortcut", "convs.1", "convs.2") if unit == 0 else ("convs.0", "convs.1", "convs.2")
+        )
+        convs += [f"stages.{stage}.{unit}.{part}" for part in parts]
+        norms += [f"stages.{stage}.{unit}.norms.{i}" for i in range(3)]
+    convs.append("head.fc")  # a convolution beside the bilinear layer only
+    norms.append("norm.0")
+    return {f"convolution{i}": own for i, own in enumerate(convs)} | {
+        f"batchnorm{i}": own for i, own in enumerate(norms)
+    }
 
 
 def cifar_preact_resnet(

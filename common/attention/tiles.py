@@ -18,6 +18,8 @@ from kernels import differences, san
 from kernels.footprint import output_side
 from kernels.reference import difference_moments, pad, per_channel, reflected
 
+_ONEDNN = torch.backends.mkldnn.is_available()  # here, since Dynamo does not trace the question
+
 Grid = list[list[Tensor]]
 """Tiles of a map, by group of images and from top to bottom."""
 
@@ -27,7 +29,7 @@ def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     # With one thread and fewer than 16 images, as a tile has, torch leaves oneDNN only what is dilated, which a 1×1
     # convolution cannot tell. oneDNN is the faster one where many channels go to many.
     wide = x.device.type == "cpu" and x.dtype == torch.float32 and min(weight.shape[:2]) >= 64
-    dilation = 2 if wide and torch.backends.mkldnn.is_available() else 1
+    dilation = 2 if wide and _ONEDNN else 1
     return F.conv2d(x.flatten(3), weight, bias, dilation=dilation).unflatten(3, x.shape[3:])
 
 

@@ -10,6 +10,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 from common.models.convnet import Branches, ConvNet, conv_norm_act, default_cfg, with_fbn
+from common.models.mxnet import from_mxnet, head_layer
+from common.weights import StateDict, published_layout
 
 default_cfgs = generate_default_cfgs(
     {
@@ -17,6 +19,37 @@ default_cfgs = generate_default_cfgs(
         "inception_bn_fbn": default_cfg((3, 224, 224), "stem.conv1.conv", True, pool_size=(7, 7)),
     }
 )
+
+
+_BLOCKS = (("3a", "3b"), ("3c", "4a", "4b", "4c", "4d"), ("4e", "5a", "5b"))
+_PARTS = {
+    "1x1": "single",
+    "3x3_reduce": "conv3.0",
+    "3x3": "conv3.1",
+    "double_3x3_reduce": "double3.0",
+    "double_3x3_0": "double3.1",
+    "double_3x3_1": "double3.2",
+    "proj": "project.1",
+}
+_PUBLISHED = {"1": "stem.conv1", "2_red": "stem.reduce2", "2": "stem.conv2"} | {
+    f"{block}_{part}": f"stages.{i}.{j}.{own}"
+    for i, blocks in enumerate(_BLOCKS)
+    for j, block in enumerate(blocks)
+    for part, own in _PARTS.items()
+}
+
+
+@published_layout("inception_bn", "inception_bn_fbn")
+def from_published(state: StateDict) -> StateDict:
+    """MXNet's names: ``conv_3a_1x1``, ``bn_3a_1x1`` and the like."""
+    return from_mxnet(state, _own_layer)
+
+
+def _own_layer(layer: str) -> str | None:
+    kind, _, name = layer.partition("_")
+    if kind in ("conv", "bn") and name in _PUBLISHED:
+        return f"{_PUBLISHED[name]}.{'conv' if kind == 'conv' else 'norm'}"
+    return head_layer(layer)
 
 
 def mix(

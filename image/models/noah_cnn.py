@@ -16,7 +16,9 @@ from image.models.noah import build_noah, imagenet_cfg
 _RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 _MOBILENETS = ("mobilenetv2_100", "mobilenetv2_075", "mobilenetv2_050", "mobilenetv2_035")
 
-_DEEP_RESNET = {"noah_key_ratio": 0.125}
+# The published residual blocks do not start as the identity; timm's do.
+_RESNET = {"zero_init_last": False}
+_DEEP_RESNET = {**_RESNET, "noah_key_ratio": 0.125}
 _MOBILE = {"noah_heads": 8, "noah_key_ratio": 0.25, "noah_dropout": 0.2}
 _SHUFFLENET = {"noah_heads": 8, "noah_key_ratio": 0.25, "noah_dropout": 0.0}
 
@@ -74,7 +76,7 @@ def _shufflenetv2(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
 @register_model
 def resnet18_noah(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ResNet-18 with NOAH, 11.70 M parameters, 71.81 % top-1 (70.25 without)."""
-    return build_noah("resnet18_noah", resnet.resnet18, pretrained, **kwargs)
+    return build_noah("resnet18_noah", resnet.resnet18, pretrained, **(_RESNET | kwargs))
 
 
 @register_model

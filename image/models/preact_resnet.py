@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from functools import partial
 from typing import Any
@@ -11,7 +12,9 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from common.models.convnet import ConvNet, default_cfg, with_fbn
+from common.models.mxnet import from_mxnet, head_layer
 from common.models.preact import preact_resnet
+from common.weights import StateDict, published_layout
 
 UNITS = {
     18: (2, 2, 2, 2),
@@ -31,6 +34,25 @@ default_cfgs = generate_default_cfgs(
         for kind in ("preact", "fbn")
     }
 )
+
+
+@published_layout(*(f"resnet{depth}_{kind}" for depth in UNITS for kind in ("preact", "fbn")))
+def from_published(state: StateDict) -> StateDict:
+    """MXNet's names: ``stage1_unit1_conv1`` and the like; the gain of the input's norm, fixed at 1, is left out."""
+    state = from_mxnet(state, _own_layer)
+    state.pop("stem.input_norm.weight", None)
+    return {re.sub(r"^(stem\.input_norm)\.(running|num)_", r"\1.norm.\2_", k): v for k, v in state.items()}
+
+
+def _own_layer(layer: str) -> str | None:
+    ends = {"bn_data": "stem.input_norm", "conv0": "stem.conv", "bn0": "stem.norm", "bn1": "norm.0"}
+    match = re.fullmatch(r"stage(\d)_unit(\d+)_(bn|conv|sc)(\d?)", layer)
+    if match is None:
+        return ends.get(layer) or head_layer(layer)
+    unit = f"stages.{int(match[1]) - 1}.{int(match[2]) - 1}"
+    if match[3] == "sc":
+        return f"{unit}.shortcut"
+    return f"{unit}.{match[3].replace('bn', 'norm')}s.{int(match[4]) - 1}"
 
 
 class InputNorm(nn.Module):

@@ -191,6 +191,12 @@ def _san(name: str, layers: Sequence[int], pretrained: bool, kwargs: dict[str, A
     return build_model_with_cfg(SAN, name, pretrained, feature_cfg={"out_indices": stages}, **arguments)
 
 
+def _resnet(name: str, layers: Sequence[int], pretrained: bool, kwargs: dict[str, Any]) -> ResNet:
+    # The published residual blocks do not start as the identity; timm's do.
+    arguments = {"block": Bottleneck, "layers": layers, "zero_init_last": False, **kwargs}
+    return build_model_with_cfg(ResNet, name, pretrained, **arguments)
+
+
 @register_model
 def san10_pairwise(pretrained: bool = False, **kwargs: Any) -> SAN:
     """SAN10 with pairwise attention: 10.5M parameters, 2.2 GFLOPs, ImageNet top-1 74.9."""
@@ -230,12 +236,10 @@ def san19_patchwise(pretrained: bool = False, **kwargs: Any) -> SAN:
 @register_model
 def resnet26_1241(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """The paper's "ResNet26", bottleneck blocks 1 2 4 1: 13.7M parameters, ImageNet top-1 73.6."""
-    arguments = {"block": Bottleneck, "layers": (1, 2, 4, 1), **kwargs}
-    return build_model_with_cfg(ResNet, "resnet26_1241", pretrained, **arguments)
+    return _resnet("resnet26_1241", (1, 2, 4, 1), pretrained, kwargs)
 
 
 @register_model
 def resnet38_2352(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """The paper's "ResNet38", bottleneck blocks 2 3 5 2: 19.6M parameters, ImageNet top-1 76.0."""
-    arguments = {"block": Bottleneck, "layers": (2, 3, 5, 2), **kwargs}
-    return build_model_with_cfg(ResNet, "resnet38_2352", pretrained, **arguments)
+    return _resnet("resnet38_2352", (2, 3, 5, 2), pretrained, kwargs)

@@ -17,7 +17,9 @@ from torch.nn import functional as F
 import cifar.models  # noqa: F401
 from cifar.models.inception_bn_small import BilinearHead
 from common.models.preact import PreActUnit
+from common.weights import WeightsError, load_published
 from tests.parity.golden import HERE
+from tests.parity.mxnet import mxnet_state
 
 PUBLISHED = {
     k: v for k, v in json.loads((HERE / "fbn_params.json").read_text()).items() if k.startswith("cifar")
@@ -49,6 +51,41 @@ def test_published_parameters(published):
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == right["params"]
     shapes = Counter(tuple(shape) for *_, shape in right["shapes"])
     assert Counter(tuple(p.shape) for p in model.parameters()) == shapes
+
+
+@pytest.mark.parametrize("published", PUBLISHED)
+def test_published_names(published):
+    data, name = published.replace("fmconv", "fbn").split("_", 1)
+    model = on_meta(name, num_classes=int(data.removeprefix("cifar")))
+    state = mxnet_state(PUBLISHED[published]["shapes"], "meta")
+    assert not load_published(model, state)
+    last = next(key for key in state if key.endswith("_bias"))
+    del state[last]
+    with pytest.raises(WeightsError, match="1 missing: "):
+        load_published(model, state)
+
+
+def test_every_published_layer_has_its_place():
+    shapes = PUBLISHED["cifar10_resnet164_fmconv"]["shapes"]
+    model = timm.create_model("resnet164_fbn")
+    load_published(model, mxnet_state(shapes))
+    number = {f"{layer}_{kind}": i for i, (layer, kind, _) in enumerate(shapes)}
+    for own, published in {
+        "stem.bias": "convolution0_bias",
+        "stages.0.0.convs.0.weight": "convolution1_weight",
+        "stages.0.0.shortcut.weight": "convolution2_weight",
+        "stages.0.0.convs.1.weight": "convolution3_weight",
+        "stages.0.0.convs.2.weight": "convolution4_weight",
+        "stages.0.1.norms.2.weight": "batchnorm5_gamma",
+        "stages.0.1.norms.2.running_var": "batchnorm5_gamma",
+        "stages.1.0.shortcut.bias": "convolution57_bias",
+        "norm.0.running_mean": "batchnorm162_gamma",
+        "head.fc.weight": "convolution166_weight",
+        "head.bilinear.weight": "bilinear_weight",
+    }.items():
+        assert model.state_dict()[own].unique().tolist() == [number[published]], own
+    assert model.stages[0][0].norms[0].num_batches_tracked == 0
+    load_published(model, model.state_dict())  # our names are taken as they are
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -8,6 +8,7 @@ import image.visualize
 from common.config import Positional
 from common.errors import ConfigError
 from common.evaluation import parse_checkpoint, parse_with_run
+from common.recipes import recipes_of
 
 WORDS = Positional("run", "A run's folder, then images.", many=True)
 
@@ -72,6 +73,19 @@ def test_a_file_of_weights_does_not_say_whose_they_are(tmp_path):
         parse_checkpoint(image.train.Config, [str(file), "--data.path=x"], None)
     config, _, run = parse_checkpoint(image.train.Config, [str(file), "--model.name=resnet18_bat"], None)
     assert (config.model.name, run) == ("resnet18_bat", None)
+
+
+def test_a_networks_own_recipe_says_how_its_images_are_made(tmp_path):
+    file = tmp_path / "weights.pth"
+    file.touch()
+    named = [str(file), "--model.name=mixer_s16_224"]
+    config, _, _ = parse_checkpoint(image.train.Config, named, None)
+    assert config.augment.mean == config.augment.std == (0.5, 0.5, 0.5)
+    config, _, _ = parse_checkpoint(image.train.Config, [*named, "--augment.mean=[0.4,0.4,0.4]"], None)
+    assert (config.augment.mean, config.augment.std) == ((0.4, 0.4, 0.4), (0.5, 0.5, 0.5))
+    other = ["--config", str(recipes_of(image.train.Config) / "san10_pairwise.yaml")]
+    config, _, _ = parse_checkpoint(image.train.Config, [*named, *other], None)
+    assert config.augment.std != (0.5, 0.5, 0.5)
 
 
 def test_no_such_checkpoint():

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 from collections import OrderedDict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -142,6 +143,22 @@ def saved(value, **kwargs):
     data = io.BytesIO()
     torch.save(value, data, **kwargs)
     return data.getvalue()
+
+
+@pytest.mark.parametrize(
+    "wrapper", ["state_dict", "model", "model_state_dict", "state_dict_ema", "model_ema"]
+)
+def test_what_programs_wrap_weights_in(tmp_path, state, wrapper):
+    arguments = argparse.Namespace(output_dir=Path("runs"), lr=0.1)
+    torch.save({"epoch": 3, wrapper: state, "args": arguments}, tmp_path / "weights.pth")
+    assert read_state_dict(tmp_path / "weights.pth").keys() == state.keys()
+
+
+def test_batches_that_old_programs_did_not_count(tmp_path):
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    state = {key: value for key, value in model.state_dict().items() if "num_batches" not in key}
+    torch.save(state, tmp_path / "weights.pth")
+    assert not load_published(model, tmp_path / "weights.pth")
 
 
 NUMBERS = {"a": torch.arange(3000.0)}
@@ -305,7 +322,7 @@ def test_the_list_names_models_and_what_their_weights_are():
     lines = dict(line.split(maxsplit=1) for line in listing())
     assert lines["san10_pairwise"] == "published names are ours"
     assert lines[SMALL] == "published names are translated"
-    assert lines["resnet50_fbn"] == "published as MXNet's .params, which cannot be read"
+    assert lines["resnet50_fbn"] == "MXNet's published names are translated, its .params files not read"
     assert lines["resnet18"] == "published names are translated"
 
 

@@ -16,8 +16,10 @@ from torch.nn import functional as F
 import image.models.inception_bn  # noqa: F401
 from common.models.convnet import Branches
 from common.models.preact import PreActUnit
+from common.weights import load_published
 from image.models.preact_resnet import EPS, UNITS, InputNorm
 from tests.parity.golden import HERE
+from tests.parity.mxnet import mxnet_state
 
 PUBLISHED = json.loads((HERE / "fbn_params.json").read_text())
 RESNETS = [f"resnet{depth}_{kind}" for depth in UNITS for kind in ("preact", "fbn")]
@@ -50,6 +52,53 @@ def test_published_parameters(published):
     shapes = Counter(tuple(shape) for *_, shape in right["shapes"])
     shapes -= Counter(tuple(shape) for *_, shape in right["fixed_gamma"])
     assert Counter(tuple(p.shape) for p in model.parameters()) == shapes
+
+
+@pytest.mark.parametrize("published", [key for key in PUBLISHED if key.startswith("imagenet_")])
+def test_published_names(published):
+    name, kwargs = ours(published)
+    state = mxnet_state(PUBLISHED[published]["shapes"], "meta")
+    assert not load_published(on_meta(name, **kwargs), state)
+
+
+@pytest.mark.parametrize(
+    ("published", "places"),
+    [
+        (
+            "imagenet_resnet18_fmconv_k20",
+            {
+                "stem.input_norm.bias": "bn_data_beta",
+                "stem.input_norm.norm.running_var": "bn_data_gamma",
+                "stages.1.0.norms.1.bias": "stage2_unit1_bn2_beta",
+                "stages.1.0.convs.0.weight": "stage2_unit1_conv1_weight",
+                "stages.0.0.shortcut.weight": "stage1_unit1_sc_weight",
+                "norm.0.weight": "bn1_gamma",
+                "head.bilinear.bias": "bilinear1_bias",
+            },
+        ),
+        (
+            "imagenet_inception_bn",
+            {
+                "stem.reduce2.conv.weight": "conv_2_red_weight",
+                "stages.1.0.double3.2.conv.bias": "conv_3c_double_3x3_1_bias",
+                "stages.2.0.conv3.0.norm.running_mean": "bn_4e_3x3_reduce_gamma",
+                "stages.2.2.project.1.conv.weight": "conv_5b_proj_weight",
+                "head.fc.weight": "fc1_weight",
+            },
+        ),
+    ],
+)
+def test_every_published_layer_has_its_place(published, places):
+    name, kwargs = ours(published)
+    model = timm.create_model(name, **kwargs)
+    shapes = PUBLISHED[published]["shapes"]
+    load_published(model, mxnet_state(shapes))
+    number = {f"{layer}_{kind}": i for i, (layer, kind, _) in enumerate(shapes)}
+    state = model.state_dict()
+    assert {own: state[own].unique().tolist() for own in places} == {
+        own: [number[layer]] for own, layer in places.items()
+    }
+    load_published(model, state)  # our names are taken as they are
 
 
 @pytest.mark.parametrize("name", NAMES)

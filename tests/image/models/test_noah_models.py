@@ -112,6 +112,16 @@ def test_noah_keywords():
         small("resnet18_noah", noah_heads=3)
 
 
+@pytest.mark.parametrize(("name", "last"), [("resnet18_noah", "bn2"), ("resnet50_noah", "bn3")])
+def test_residual_blocks_of_resnets_do_not_start_as_the_identity(name, last):
+    def gains(model):
+        return {value for block in model.layer1 for value in block.get_submodule(last).weight.tolist()}
+
+    tiny = {"layers": (1, 1, 1, 1), "channels": (8, 8, 8, 8)}
+    assert gains(small(name, **tiny)) == {1.0}
+    assert gains(small(name, **tiny, zero_init_last=True)) == {0.0}
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_head_api(name):
     model = small(name, in_chans=4)

@@ -69,6 +69,8 @@ def test_baselines(name: str, count: int) -> None:
         assert sum(p.numel() for p in model.parameters()) == count
         assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 1000)
     assert model.pretrained_cfg["architecture"] == name
+    small = timm.create_model(name, layers=(1, 1, 1, 1), channels=(8, 8, 8, 8))
+    assert small.layer1[0].bn3.weight.min() == 1  # as published: no block starts as the identity
 
 
 @pytest.mark.parametrize("name", NETWORKS)
