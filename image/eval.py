@@ -6,8 +6,7 @@
 
 Prints top-1, top-5, loss and per-class accuracy; writes them as JSON with a picture of the confusion matrix.
 With a run, all settings are those of the run; with a file of weights, those of the recipe of the network's name, if
-there is one. Options given here override them. The files go to the run's
-folder, or to --out.
+there is one. Options given here override them. The files go to the run's folder, or to --out.
 """
 
 from __future__ import annotations
