@@ -63,7 +63,7 @@ def parse_with_run(
     recipe = run / "config.yaml" if run else None
     own = [recipes_of(cls) / f"{name}.yaml" for name in given(argv, "--model.name")]
     if run is None and "--config" not in words and own and own[-1].is_file():
-        argv = [argv[0], f"--config={own[-1]}", *argv[1:]]
+        argv = [f"--config={own[-1]}", *argv]
     try:
         config, value = parse(
             cls, argv, default_recipe=recipe, positional=positional, description=description

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from common.attention.norms import folded, update_running, uses_batch
 from common.attention.tiles import (
+    BatchMoments,
     Footprint,
     Grid,
     NormedFootprint,
@@ -292,13 +293,11 @@ class PatchwiseAttention(SelfAttention):
 
     def _concatenated_moments(self, centre: Tensor, around: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance of the centre's channels, then of each channel at each footprint position."""
-        centre, around = centre.double(), around.double()
-        at_centre = torch.stack((centre, centre.square())).mean((1, 3, 4))
-        at_position = torch.stack((around.mean(0), around.square().mean(0)))
+        at_centre, at_position = (BatchMoments.apply(x) for x in (centre, around))
         for dim, side in ((2, centre.shape[2]), (3, centre.shape[3])):
             under = at_position.unfold(dim, self.stride * (side - 1) + 1, self.dilation)[..., :: self.stride]
             at_position = under.mean(-1).narrow(dim, 0, self.kernel_size)
-        mean, square = torch.cat((at_centre, at_position.flatten(1)), 1)
+        mean, square = torch.cat((at_centre.mean((2, 3)), at_position.flatten(1)), 1)
         return mean, square - mean.square()
 
 

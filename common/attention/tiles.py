@@ -253,6 +253,23 @@ class Moments(torch.autograd.Function):
         return of_x.to(x.dtype)
 
 
+class BatchMoments(torch.autograd.Function):
+    """(n, …) → (2, …): the mean over the batch and that of the squares, in float64; keeps nothing but its argument."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        square = torch.linalg.vector_norm(x, dim=0, dtype=torch.float64).square() / len(x)
+        return torch.stack((x.mean(0, dtype=torch.float64), square))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        of_mean, of_square = (grad / len(x)).to(torch.promote_types(x.dtype, torch.float32))
+        return torch.addcmul(of_mean, x, 2 * of_square).to(x.dtype)
+
+
 def merged(tiles: Grid) -> tuple[Tensor, Tensor]:
     """Mean and biased variance per channel over all samples of tiles (n, C, …)."""
     count, means, variances = torch.stack([Moments.apply(tile) for group in tiles for tile in group], 1)

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from cifar.train import Config
-from common.engine import checkpoint
 from common.engine.schedule import factor
+from common.engine.writer import Writer
 from tests.recipes import OVERRIDES, parsed, two_steps
 
 FOLDER = Path(__file__).parents[2] / "cifar" / "recipes"
@@ -59,8 +59,6 @@ def test_two_steps_of_a_small_version(tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_two_steps_as_published(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(
-        checkpoint, "save", lambda *_: None
-    )  # written elsewhere, and only a copy of the weights
+    monkeypatch.setattr(Writer, "save", lambda *_: None)  # written elsewhere, and only a copy of the weights
     config = recipe(name, *OVERRIDES, f"--out={tmp_path / 'run'}")
     two_steps(config, classes=int(name.rpartition("cifar")[2]), shape=(3, 32, 32))

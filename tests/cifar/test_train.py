@@ -293,7 +293,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path, data):
     ("script", "words", "expected"),
     [
         ("cifar/eval.py", ["nowhere"], "'nowhere' does not exist"),
-        ("cifar/eval.py", [], "required: run"),
+        ("cifar/eval.py", [], "expected first a run's folder"),
         ("cifar/plot.py", ["nowhere"], "'nowhere' is not an existing folder"),
         ("cifar/plot.py", ["tests"], "tests: no evaluation in metrics.jsonl or in TensorBoard's event files"),
         ("cifar/plot.py", [], "runs"),

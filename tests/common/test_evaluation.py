@@ -83,6 +83,10 @@ def test_a_networks_own_recipe_says_how_its_images_are_made(tmp_path):
     assert config.augment.mean == config.augment.std == (0.5, 0.5, 0.5)
     config, _, _ = parse_checkpoint(image.train.Config, [*named, "--augment.mean=[0.4,0.4,0.4]"], None)
     assert (config.augment.mean, config.augment.std) == ((0.4, 0.4, 0.4), (0.5, 0.5, 0.5))
+    config, words, _ = parse_with_run(
+        image.visualize.VisualizeConfig, [str(file), "a.jpg", "--model.name=mixer_s16_224"], None, WORDS
+    )
+    assert (words, config.augment.std) == ([str(file), "a.jpg"], (0.5, 0.5, 0.5))
     other = ["--config", str(recipes_of(image.train.Config) / "san10_pairwise.yaml")]
     config, _, _ = parse_checkpoint(image.train.Config, [*named, *other], None)
     assert config.augment.std != (0.5, 0.5, 0.5)

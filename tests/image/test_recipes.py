@@ -10,9 +10,9 @@ from PIL import Image
 from torch import nn
 
 from common.data import augment as augmentation
-from common.engine import checkpoint
 from common.engine.optim import build_optimizer
 from common.engine.schedule import factor
+from common.engine.writer import Writer
 from common.models.build import build_model
 from common.report.summary import Expectation, summarize
 from image.train import Config
@@ -198,8 +198,6 @@ def test_a_run_ends_with_the_published_accuracy_beside_its_own(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_two_steps_as_published(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(
-        checkpoint, "save", lambda *_: None
-    )  # hundreds of megabytes each, and tested elsewhere
+    monkeypatch.setattr(Writer, "save", lambda *_: None)  # hundreds of megabytes each, and tested elsewhere
     config = recipe(name, *OVERRIDES, f"--out={tmp_path / 'run'}")
     two_steps(config, classes=1000, shape=(3, 224, 224))
