@@ -306,7 +306,7 @@ def test_mistakes_are_one_line(digits, tmp_path):
             [str(digits / "val.txt"), str(tmp_path / "o"), "--short-side", "0"],
             "short-side: 0 is not between 16 and 8192",
         ),
-        ([str(digits / "no.txt"), str(tmp_path / "o")], "no.txt: No such file"),
+        ([str(digits / "no.txt"), str(tmp_path / "o")], "no.txt' is not an existing list"),
     ):
         with pytest.raises(UserError, match=expected):
             main(["shards", *words])
