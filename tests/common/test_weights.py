@@ -30,7 +30,7 @@ from common.weights import (
     read_state_dict,
     translated_models,
 )
-from common.weights_cli import convert, listing
+from common.weights.__main__ import convert, listing
 from tests.parity.fill import fill_state_dict
 from tests.parity.golden import manifest
 

@@ -16,7 +16,7 @@ import timm
 from safetensors.torch import save
 
 from common.config import Commands, nearest
-from common.errors import ConfigError
+from common.errors import ConfigError, run_main
 from common.files import atomic_write
 from common.models.table import import_models, read_rows
 from common.weights import load_published, translated_models
@@ -92,3 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         "--num-classes", type=int, help="of the checkpoint; the model's own number by default"
     )
     return parser
+
+
+if __name__ == "__main__":
+    run_main(main)

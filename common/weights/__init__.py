@@ -1,7 +1,7 @@
 """Published, own and foreign weights: read as data, translated, loaded, and every difference named.
 
 Nothing here ever unpickles code: files are read by safetensors or by ``torch.load(weights_only=True)``.
-`python -m common.weights` converts files; see :mod:`common.weights_cli`.
+`python -m common.weights` converts files.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from common.engine.checkpoint import damage, holds, load, newest
-from common.errors import UserError, run_main
+from common.errors import UserError
 
 StateDict = dict[str, Tensor]
 Layout = Callable[[StateDict], StateDict]
@@ -250,10 +250,3 @@ def _converted(source: object) -> bool:
 
 def _where(source: object) -> str:
     return str(source) if isinstance(source, (str, Path)) else "state dict"
-
-
-if __name__ == "__main__":
-    # This file now runs as __main__; models register their layouts in its other copy, common.weights.
-    from common.weights_cli import main
-
-    run_main(main)
