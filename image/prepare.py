@@ -13,11 +13,12 @@ from rich.progress import track
 
 from common.config import Commands
 from common.data.digits import SPLITS, prepare_digits
+from common.data.forms import FORMS, open_source
 from common.data.prepare import convert, imagenet, verify
 from common.data.prepare.progress import progress_bar
 from common.data.prepare.settings import DEFAULT_QUALITY, Settings
 from common.data.quarantine import describe, in_files
-from common.data.source import FORMS, DataError, Sample, Source, local_path, open_source
+from common.data.source import DataError, Sample, Source, local_path
 from common.errors import ConfigError, RunError, UserError, run_main
 
 _FORMS_HELP = {

@@ -18,7 +18,8 @@ from torch import Tensor
 import image.models  # noqa: F401  (registers the models)
 from common.data.augment import Normalize, test_transform
 from common.data.decode import decode_rgb
-from common.data.source import BadSample, open_source
+from common.data.forms import open_source
+from common.data.source import BadSample
 from common.errors import UserError, run_main
 from common.report.visualize import PictureConfig, visualize
 from image.train import Config

@@ -47,12 +47,12 @@ from torchvision.datasets import ImageFolder
 
 from common.data.augment import AugmentConfig, Normalize
 from common.data.dali import DaliSet, Encoded, open_dali
+from common.data.forms import FORMS, open_source
 from common.data.images import DataConfig, ImageSet, open_images
 from common.data.loader import LoaderConfig, train_batches
 from common.data.order import Division, Draw, Order
 from common.data.prepare.convert import convert, find_splits
 from common.data.prepare.settings import Settings
-from common.data.source import FORMS, open_source
 from common.data.views import View
 from common.data.workers import start_server
 from common.environment import environment, processor

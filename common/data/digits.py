@@ -13,9 +13,10 @@ import numpy as np
 from PIL import Image
 
 from common.data.folder import write_folder
+from common.data.forms import FORMS, open_source
 from common.data.recordio import write_recordio
 from common.data.shard_writer import write_shards
-from common.data.source import FORMS, DataError, Sample, local_path, open_source
+from common.data.source import DataError, Sample, local_path
 from common.files import atomic_folder, atomic_write
 
 CLASSES = tuple("0123456789")

@@ -17,10 +17,11 @@ from common.data.augment import (
     train_transform,
 )
 from common.data.decode import decode_rgb
+from common.data.forms import open_source
 from common.data.jpeg import decode_plain
 from common.data.loader import FILLER, UNREADABLE, LoaderConfig, Row, Unreadable
 from common.data.order import Draw
-from common.data.source import BadSample, Cache, Source, open_source
+from common.data.source import BadSample, Cache, Source
 
 
 @dataclass

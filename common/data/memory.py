@@ -17,11 +17,12 @@ from torch.nn import functional as F
 
 from common.data.arrays import open_arrays
 from common.data.augment import AugmentConfig, Normalize, test_transform
+from common.data.forms import open_source
 from common.data.im2rec import Im2recSource
 from common.data.images import ImageSet
 from common.data.loader import FILLER, Batch, LoaderConfig, Unreadable, evaluation_loader
 from common.data.order import Division, Order, evaluation_size, micro_ranges
-from common.data.source import DataError, Source, digest, local_path, open_source
+from common.data.source import DataError, Source, digest, local_path
 
 
 @dataclass

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from common.data.digits import prepare_digits
-from common.data.source import DataError, open_source
+from common.data.forms import open_source
+from common.data.source import DataError
 from tests.common.data.forms import FORM_NAMES, few_digits, write_split
 
 ROOT = Path(__file__).parents[2]

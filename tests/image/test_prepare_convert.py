@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from common.data.source import open_source
+from common.data.forms import open_source
 from image.prepare import main
 from tests.common.data.archives import write_archives
 from tests.common.data.forms import few_digits, write_split

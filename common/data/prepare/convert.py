@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from common.data.forms import forms_there, open_source
 from common.data.prepare.encode import encode
 from common.data.prepare.feed import Encode, Feed, Item, Progress, Unusable, read_batch
 from common.data.prepare.job import Job, describe_changes, open_job
@@ -23,15 +24,7 @@ from common.data.prepare.settings import Settings
 from common.data.prepare.workers import Workers
 from common.data.recordio import join_indexes, write_part
 from common.data.shard_writer import Group, Parts, group_size, image_parts, numbered_key, write_groups
-from common.data.source import (
-    DataError,
-    Source,
-    forms_there,
-    image_extension,
-    local_path,
-    open_source,
-    safe_name,
-)
+from common.data.source import DataError, Source, image_extension, local_path, safe_name
 from common.errors import RunError
 from common.files import atomic_write, sync_all
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from common.data.source import FORMS
+from common.data.forms import FORMS
 from common.errors import ConfigError
 
 DEFAULT_QUALITY = 95

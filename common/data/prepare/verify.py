@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from common.data.decode import decode_rgb
+from common.data.forms import find_form, forms_there, open_source
 from common.data.prepare.feed import Progress
 from common.data.prepare.workers import Workers
 from common.data.quarantine import count
-from common.data.source import BadSample, DataError, Source, find_form, forms_there, local_path, open_source
+from common.data.source import BadSample, DataError, Source, local_path
 from common.files import atomic_write, sha256
 
 _BATCH = 32

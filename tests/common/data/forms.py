@@ -9,9 +9,10 @@ from pathlib import Path
 
 from common.data.digits import CLASSES, digits_samples
 from common.data.folder import write_folder
+from common.data.forms import FORMS, open_source
 from common.data.recordio import write_recordio
 from common.data.shard_writer import write_shards
-from common.data.source import FORMS, BadSample, DataError, Sample, Source, open_source
+from common.data.source import BadSample, DataError, Sample, Source
 
 FORM_NAMES = tuple(FORMS)
 WRITERS = {"folder": write_folder, "recordio": write_recordio, "webdataset": write_shards}

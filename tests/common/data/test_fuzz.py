@@ -17,10 +17,11 @@ from pathlib import Path
 
 import pytest
 
+from common.data.forms import open_source
 from common.data.im2rec import Im2recSource
 from common.data.shard_writer import write_groups
 from common.data.shards import scan
-from common.data.source import BadSample, DataError, Sample, Source, open_source
+from common.data.source import BadSample, DataError, Sample, Source
 from common.data.video.lists import read_list, write_list
 from common.data.video.shards import open_clips
 from tests.common.data.forms import damage, write_split

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common.data.forms import open_source
 from common.data.prepare import convert as convert_module
 from common.data.prepare.convert import convert, find_splits
 from common.data.prepare.encode import encode, resize_shorter
 from common.data.prepare.settings import Settings
 from common.data.recordio import unframe, unpack
-from common.data.source import BadSample, DataError, open_source
+from common.data.source import BadSample, DataError
 from common.errors import ConfigError, RunError
 from tests.common.data.forms import FORM_NAMES, few_digits, read_all, write_split
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from common.data.forms import open_source
 from common.data.prepare import imagenet
 from common.data.prepare.convert import convert
 from common.data.prepare.imagenet import DEVKIT, TRAIN, VAL, open_imagenet
 from common.data.prepare.settings import Settings
-from common.data.source import DataError, open_source
+from common.data.source import DataError
 from tests.common.data.archives import (
     IDS,
     TRUTH,

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.data.forms import open_source
 from common.data.recordio import frame, pack, unframe, unpack
-from common.data.source import BadSample, DataError, open_source
+from common.data.source import BadSample, DataError
 from tests.common.data.forms import few_digits, pairs, read_all, readable, write_split
 
 MAGIC = struct.pack("<I", 0xCED7230A)

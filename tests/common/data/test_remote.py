@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from common.data import remote
+from common.data.forms import open_source
 from common.data.images import DataConfig
-from common.data.source import Cache, DataError, Source, open_source
+from common.data.source import Cache, DataError, Source
 from common.errors import ConfigError, UserError
 from tests.common.data.forms import few_digits, pairs, read_all, write_split
 from tests.common.data.server import FAULTS, FaultyServer

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.data.forms import open_source
 from common.data.shards import read_index, scan
-from common.data.source import BadSample, DataError, open_source
+from common.data.source import BadSample, DataError
 from tests.common.data.forms import few_digits, pairs, read_all, readable, write_split
 
 

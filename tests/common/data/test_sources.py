@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from common.data.digits import CLASSES, digits_samples, prepare_digits
-from common.data.source import BadSample, DataError, Names, open_source
+from common.data.forms import open_source
+from common.data.source import BadSample, DataError, Names
 from tests.common.data.forms import FORM_NAMES, damage, few_digits, pairs, read_all, readable, write_split
 
 
