@@ -46,9 +46,7 @@ def _by_kernel(x: Tensor, norm: Any, window: int) -> Tensor:
     y, mean, variance = kernel.norm_relu(
         x, norm.weight.to(exact), norm.bias.to(exact), *known, norm.eps, window
     )
-    if norm.training and norm.track_running_stats:
-        count = x[:, 0].numel()
-        update_running(norm, mean, variance * (count / (count - 1)))
+    update_running(norm, mean, variance, x[:, 0].numel())
     return y
 
 
@@ -67,8 +65,7 @@ def folded(
     """
     if uses_batch(norm):
         mean, variance = batch_moments()
-        if norm.training and norm.track_running_stats:
-            update_running(norm, mean, variance * (count / (count - 1)))
+        update_running(norm, mean, variance, count)
     else:
         mean, variance = norm.running_mean, norm.running_var
     dtype = torch.promote_types(norm.weight.dtype, torch.float32)
@@ -76,9 +73,12 @@ def folded(
     return scale.to(dtype), (norm.bias - mean * scale).to(dtype)
 
 
-def update_running(norm: Any, mean: Tensor, unbiased_variance: Tensor) -> None:
-    """The running statistics of ``norm`` after a batch."""
+def update_running(norm: Any, mean: Tensor, variance: Tensor, count: int) -> None:
+    """A batch's mean and biased variance, over ``count`` samples, into the running statistics that ``norm`` keeps."""
+    if not (norm.training and norm.track_running_stats):
+        return
     norm.num_batches_tracked.add_(1)  # torch.compile returns it in place of the result when it is `+= 1`
     momentum = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
-    for running, batch in ((norm.running_mean, mean), (norm.running_var, unbiased_variance)):
+    unbiased = variance * (count / (count - 1))
+    for running, batch in ((norm.running_mean, mean), (norm.running_var, unbiased)):
         running.mul_(1 - momentum).add_((batch.detach() * momentum).to(running.dtype))

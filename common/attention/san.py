@@ -218,9 +218,7 @@ class PairwiseAttention(SelfAttention):
         y, _, mean, variance = pairwise.pairwise_attention(
             centre, around, value, *parameters, *known, norm.eps, *self._window
         )
-        if norm.training and norm.track_running_stats:
-            count = centre[:, 0].numel() * self.kernel_size**2
-            update_running(norm, mean, variance * (count / (count - 1)))
+        update_running(norm, mean, variance, centre[:, 0].numel() * self.kernel_size**2)
         return y
 
     def _with_position(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

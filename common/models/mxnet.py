@@ -8,8 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-import torch
-
 from common.weights import StateDict
 
 _NAME = re.compile(r"(?:arg:|aux:)?(\w+?)_(weight|bias|gamma|beta|moving_mean|moving_var)")
@@ -23,7 +21,7 @@ def from_mxnet(state: StateDict, own_layer: Callable[[str], str | None]) -> Stat
         own_layer: MXNet's name of a layer → ours; None where there is no such layer.
 
     Returns:
-        All entries; those of other names as they are, and batch norms' counters, which MXNet lacks, at zero.
+        All entries, those of other names as they are.
     """
     out: StateDict = {}
     for key, value in state.items():
@@ -33,8 +31,6 @@ def from_mxnet(state: StateDict, own_layer: Callable[[str], str | None]) -> Stat
             out[key] = value
             continue
         out[f"{layer}.{_TENSORS.get(match[2], match[2])}"] = value
-        if match[2] == "moving_mean":
-            out[f"{layer}.num_batches_tracked"] = value.new_zeros((), dtype=torch.long)
     # One weight of a factorized bilinear layer is (J, K, C), in files perhaps with the kernel's 1 × 1 behind it.
     if "head.bilinear.weight" in out:
         out["head.bilinear.weight"] = out["head.bilinear.weight"].flatten(2)

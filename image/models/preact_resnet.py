@@ -41,7 +41,7 @@ def from_published(state: StateDict) -> StateDict:
     """MXNet's names: ``stage1_unit1_conv1`` and the like; the gain of the input's norm, fixed at 1, is left out."""
     state = from_mxnet(state, _own_layer)
     state.pop("stem.input_norm.weight", None)
-    return {re.sub(r"^(stem\.input_norm)\.(running|num)_", r"\1.norm.\2_", k): v for k, v in state.items()}
+    return {re.sub(r"^(stem\.input_norm)\.running_", r"\1.norm.running_", k): v for k, v in state.items()}
 
 
 def _own_layer(layer: str) -> str | None:
